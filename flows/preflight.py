@@ -1,0 +1,106 @@
+"""What can be known before a run starts: data readable, model loadable, exports possible, packages present."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from flows.places import Problem, named_in, path_of_step
+from flows.plan import missing_packages
+from specs.schema.graph import Node
+from specs.schema.load import KeyPath
+from specs.schema.pipeline import PipelineSpec, parallel_files
+from tasks.context import StepError
+from tasks.evaluate.format import count, duration, size
+from tasks.registry import find
+
+
+@dataclass
+class Findings:
+    """What preflight saw. ``problems`` stop a run, ``warnings`` do not; ``model_bytes`` feeds the estimates."""
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    model_bytes: int = 0
+
+
+def inspect(spec: PipelineSpec, nodes: Sequence[Node]) -> Findings:
+    """Look at everything the spec names without loading a weight or starting a step."""
+    # transformers imports torchao, which greets every machine without a GPU with warnings.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    findings = Findings()
+    for node in nodes:
+        missing = missing_packages(find(type(node.spec)).libraries)
+        if missing:
+            text = f"{node.id}: {', '.join(missing)} is not installed; install the project again"
+            findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec)))
+    _data(spec, findings)
+    _model(spec, nodes, findings)
+    return findings
+
+
+def _data(spec: PipelineSpec, findings: Findings) -> None:
+    from tasks.data import preflight
+
+    try:
+        for split, seen in preflight(spec.data, spec.task).items():
+            labels = f", labels {', '.join(f'{k}: {v}' for k, v in seen.labels.items())}" if seen.labels else ""
+            heard = f", {duration(seen.seconds)} of audio" if seen.seconds else ""
+            skipped = f", {sum(seen.skipped.values())} skipped" if seen.skipped else ""
+            more = "" if seen.complete else "the first "
+            text = f"{more}{seen.records} records, {size(seen.bytes)}{heard}{labels}{skipped}"
+            findings.facts.append((f"data.{split}", text))
+            findings.warnings += seen.warnings
+    except StepError as error:
+        findings.problems.append(Problem(str(error), _field_of_data(spec, str(error))))
+
+
+def _field_of_data(spec: PipelineSpec, text: str) -> KeyPath:
+    """The field that is named in front, else the split whose source is."""
+    if path := named_in(text):
+        return path
+    for split in ("train", "eval"):
+        source = getattr(spec.data, split)
+        if any(name in text or fnmatch(text, f"{name}*") for name in parallel_files(source) or (source,)):
+            return ("data", split)
+    return ("data",)
+
+
+def _model(spec: PipelineSpec, nodes: Sequence[Node], findings: Findings) -> None:
+    from tasks.models import check_model, family_of
+    from tasks.models.support import supports
+
+    try:
+        model = check_model(spec.model, spec.task, spec.data)
+    except StepError as error:
+        findings.problems.append(Problem(str(error), _field_of_model(spec, str(error))))
+        return
+    findings.model_bytes = model.bytes
+    findings.facts.append(
+        ("model", f"{model.architecture}, {count(model.parameters)} parameters, {size(model.bytes)}; {model.tokenizer}")
+    )
+    family = family_of(model.config)
+    for node in nodes:
+        reason = supports(node.spec, family, spec.task)
+        look = find(type(node.spec)).preflight
+        if reason is not None:
+            findings.problems.append(Problem(f"{node.id}: {reason}", path_of_step(spec.steps, node.spec)))
+        elif look is not None:
+            problems, warnings = look(node.spec, model.config, spec.task, spec.data.max_length)
+            findings.problems += [
+                Problem(f"{node.id}: {problem}", path_of_step(spec.steps, node.spec, problem)) for problem in problems
+            ]
+            findings.warnings += [f"{node.id}: {warning}" for warning in warnings]
+
+
+def _field_of_model(spec: PipelineSpec, text: str) -> KeyPath:
+    """The field that is named in front, else where the model comes from."""
+    if path := named_in(text):
+        return path
+    if spec.model.tokenizer and spec.model.tokenizer in text:
+        return ("model", "tokenizer")
+    return ("model", "source" if spec.model.source else "config")

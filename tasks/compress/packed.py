@@ -1,0 +1,168 @@
+"""Layers whose weights are int8, and the transform that puts them into a model.
+
+A linear layer computes ``y = x Wᵀ + b`` with ``W ≈ diag(scale) · weight``: one float32 scale for each output, int8
+weights in -127 … 127, no zero point. Activations become int8 as they come. Each token is first divided by its largest
+magnitude, so that neither an outlier token nor padding nor the other examples of the batch cost the rest their
+resolution; the kernel is PyTorch's own for dynamic int8 (fbgemm).
+
+The tensors are called ``weight_int8`` and ``weight_scale``, so that plain transformers misses ``weight`` instead of
+taking the integers for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tasks.models.transforms import transform
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "int8-dynamic"
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to int8 with one scale.
+
+    Args:
+        weight: float [rows, columns].
+
+    Returns:
+        int8 [rows, columns] in -127 … 127, and float32 scales [rows]; a row of zeros has scale 1.
+    """
+    import torch
+
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+
+
+def packed_linear(weight: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
+    """A linear layer with int8 ``weight`` [out, in], ``scale`` [out] and ``bias`` [out]."""
+    return _classes()[0](weight, scale, bias)
+
+
+def packed_embedding(weight: Tensor, scale: Tensor, padding_idx: int | None, factor: float = 1.0) -> nn.Module:
+    """A table with int8 ``weight`` [rows, columns] and ``scale`` [rows], giving float32 rows times ``factor``."""
+    return _classes()[1](weight, scale, padding_idx, factor)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether ``module`` is one of the layers of this file."""
+    return isinstance(module, _classes())
+
+
+@transform(NAME)
+def empty_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Replace the layers that ``entry`` names by packed ones whose tensors are to be loaded.
+
+    ``layers`` maps the name of a linear layer to ``{"shape": [out, in], "bias": bool}``, ``embeddings`` the name of a
+    table to ``{"shape": [rows, columns], "factor": number}``, where the factor may be left out and is 1 then.
+    """
+    import torch
+
+    for name, what in entry["embeddings"].items():
+        rows, columns = what["shape"]
+        padding = getattr(model.get_submodule(name), "padding_idx", None)
+        weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+        put(model, name, packed_embedding(weight, scale, padding, what.get("factor", 1.0)))
+    for name, what in entry["layers"].items():
+        rows, columns = what["shape"]
+        bias = torch.zeros(rows) if what["bias"] else None
+        put(model, name, packed_linear(torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows), bias))
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Replace the submodule ``name`` of ``model``; the model, or ``module`` where ``name`` is the model itself."""
+    if not name:
+        return module
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+    return model
+
+
+def reduced_range() -> bool:
+    """Whether activations get 7 bits. Without VNNI the kernel adds pairs of products in 16 bits, which 8-bit
+    activations overflow in silence."""
+    import torch
+
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return not has_vnni()
+
+
+def _kernel(weight: Tensor, scale: Tensor) -> Any:
+    """The weights in the order in which the kernel reads them."""
+    import torch
+
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():
+        # The type is deprecated without a successor that is as fast on a CPU (pytorch/pytorch#184982).
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+        typed = torch._make_per_channel_quantized_tensor(weight, scale, zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.ops.quantized.linear_prepack(typed, None)
+
+
+@cache
+def _classes() -> tuple[Any, Any]:
+    import torch
+    from torch import nn
+    from torch.nn.functional import embedding, linear
+
+    class PackedLinear(nn.Module):
+        weight_int8: Tensor
+        weight_scale: Tensor
+        bias: Tensor | None
+
+        def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+            super().__init__()
+            self.register_buffer("weight_int8", weight)
+            self.register_buffer("weight_scale", scale)
+            self.register_buffer("bias", bias)
+            self.out_features, self.in_features = weight.shape
+            self._kernel: Any = None
+            self._reduced = reduced_range()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu":  # the kernel is the CPU's; elsewhere the weights alone are int8
+                return linear(x, (self.weight_int8 * self.weight_scale[:, None]).to(x.dtype), self.bias)
+            if self._kernel is None:
+                self._kernel = _kernel(self.weight_int8, self.weight_scale)
+            largest = x.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30)
+            y = torch.ops.quantized.linear_dynamic(x / largest, self._kernel, self._reduced)
+            return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+
+        @property
+        def weight(self) -> Tensor:  # some models ask for the dtype of a layer's weight
+            return self.weight_int8
+
+        def extra_repr(self) -> str:
+            return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    class PackedEmbedding(nn.Module):
+        weight_int8: Tensor
+        weight_scale: Tensor
+
+        def __init__(self, weight: Tensor, scale: Tensor, padding_idx: int | None, factor: float) -> None:
+            super().__init__()
+            self.register_buffer("weight_int8", weight)
+            self.register_buffer("weight_scale", scale)
+            self.num_embeddings, self.embedding_dim = weight.shape
+            self.padding_idx = padding_idx
+            self.factor = factor
+
+        def forward(self, ids: Tensor) -> Tensor:
+            rows = embedding(ids, self.weight_int8) * embedding(ids, self.weight_scale[:, None])
+            return rows if self.factor == 1 else rows * self.factor
+
+        @property
+        def weight(self) -> Tensor:  # some models ask for the dtype of a layer's weight
+            return self.weight_int8
+
+        def extra_repr(self) -> str:
+            return f"{self.num_embeddings}, {self.embedding_dim}"
+
+    return PackedLinear, PackedEmbedding

@@ -1,0 +1,161 @@
+"""Sizes, data types and weights, read from the files that were written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks.context import StepError
+from tasks.export import graph
+
+_SAFETENSORS = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+_AUXILIARY = re.compile(r"(^|[._])(scales?|zero_points?)$")
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an artifact weighs.
+
+    Args:
+        size: bytes of the files that hold the weights and are deployed (`*.safetensors`, or the one `.tflite`);
+            the tokenizer is not counted, it is the same before and after.
+        parameters: number of weights; scales and zero points of packed weights are not counted.
+        nonzero: how many of them are not zero.
+        dtypes: bytes of tensor data by data type.
+        files: bytes of every file of the folder.
+    """
+
+    size: int
+    parameters: int
+    nonzero: int
+    dtypes: dict[str, int]
+    files: dict[str, int]
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Bytes of every file under ``folder`` but the store's own manifest."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def of_model(folder: Path) -> Footprint:
+    """The footprint of a torch model or a packed one.
+
+    Raises:
+        StepError: the folder has no ``*.safetensors``.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise StepError(f"{folder} holds no .safetensors file; save the model as safetensors")
+    dtypes: dict[str, int] = {}
+    parameters = nonzero = 0
+    for path in weights:
+        for name, dtype, raw in _tensors(path):
+            dtypes[dtype] = dtypes.get(dtype, 0) + raw.nbytes
+            counted = dtype.startswith(("float", "bfloat")) or dtype in ("int8", "uint8")
+            if counted and not _AUXILIARY.search(name):
+                parameters += raw.size
+                nonzero += _nonzero(raw, floating="float" in dtype)
+    size = sum(path.stat().st_size for path in weights)
+    return Footprint(size, parameters, nonzero, dtypes, files(folder))
+
+
+def of_export(folder: Path, deployed: str, computed: str) -> Footprint:
+    """The footprint of an export.
+
+    Args:
+        folder: of the artifact.
+        deployed: the file that the device is given; its bytes are the size.
+        computed: the LiteRT file whose constants are read; the same, but for an NPU build, whose compiled file hides
+            the weights in one opaque buffer.
+    """
+    dtypes: dict[str, int] = {}
+    parameters = nonzero = 0
+    for dtype, values, zero_point, stored, weight in _constants(folder / computed):
+        dtypes[dtype] = dtypes.get(dtype, 0) + stored
+        if weight:
+            parameters += values.size
+            nonzero += int(np.count_nonzero(values != zero_point))
+    return Footprint((folder / deployed).stat().st_size, parameters, nonzero, dtypes, files(folder))
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    """``(name, dtype, elements as unsigned integers)`` of each tensor; numpy knows no bfloat16, bits serve for all."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if path.stat().st_size > 8 + length else np.empty(0, "u1")
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype, width = _SAFETENSORS.get(entry["dtype"], (entry["dtype"].lower(), 1))
+        yield name, dtype, np.asarray(data[start:end]).view(f"u{width}")
+
+
+def _nonzero(bits: np.ndarray, *, floating: bool) -> int:
+    count = 0
+    for start in range(0, bits.size, _CHUNK):
+        part = bits[start : start + _CHUNK]
+        count += int(np.count_nonzero(part << 1 if floating else part))  # the shift drops the sign: -0.0 is zero
+    return count
+
+
+def _constants(path: Path) -> Iterator[tuple[str, np.ndarray, int, int, bool]]:
+    """``(dtype, elements, zero point, bytes, whether it is a weight)`` of each constant tensor of a LiteRT file."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = graph.read(path)
+    names = {value: name.lower() for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
+    seen: set[int] = set()
+    for tensor in (tensor for part in model.subgraphs for tensor in part.tensors):
+        data = model.buffers[tensor.buffer].data
+        if data is None or not len(data) or tensor.buffer in seen:
+            continue
+        seen.add(tensor.buffer)
+        dtype = names[tensor.type]
+        quantized, zero = _quantized(tensor.quantization)
+        shape = () if tensor.shape is None else tuple(int(size) for size in tensor.shape)
+        values = _elements(np.frombuffer(bytes(data), np.uint8), dtype, math.prod(shape))
+        yield dtype, values, zero, len(data), "float" in dtype or quantized
+
+
+def _quantized(quantization: Any) -> tuple[bool, int]:
+    """Whether a tensor holds quantized numbers, and the one that stands for zero."""
+    if quantization is None:
+        return False, 0
+    if quantization.scale is None or not len(quantization.scale):
+        return bool(quantization.detailsType), 0  # scales by block are kept as details
+    points = quantization.zeroPoint
+    return True, int(points[0]) if points is not None and len(points) == 1 else 0
+
+
+def _elements(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
+    if dtype in ("int4", "uint4"):
+        halves = np.stack((data & 15, data >> 4), axis=1).reshape(-1)[:count].astype(np.int8)
+        return np.where(halves > 7, halves - 16, halves) if dtype == "int4" else halves
+    if dtype == "int2":
+        parts = np.stack([(data >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1).reshape(-1)[:count].astype(np.int8)
+        return np.where(parts > 1, parts - 4, parts)
+    known = {"float32", "float16", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool"}
+    return data.view(dtype) if dtype in known else data

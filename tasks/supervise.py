@@ -1,0 +1,347 @@
+"""Child processes that do the computing: started, listened to, paused, timed out and killed from here.
+
+A step runs in a process of its own, so that a timeout or a cancellation is certain, a crash or an exhausted memory
+takes down that step alone, and the memory comes back. Parent and child speak JSON lines: the job goes in on the
+child's standard input, events come back on its standard output, everything else it prints goes to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Event = Mapping[str, Any]
+
+WORKER = (sys.executable, "-P", "-m", "tasks.worker")
+"""``-P`` keeps the current folder off the module path: a stranger's ``tasks/`` there must not be imported."""
+
+GRACE_SECONDS = 3.0
+"""Between the polite signal and the last one."""
+
+SPINS = 5000
+"""Turns in which a thread that is measured waits for another one before it sleeps, some 0.1 ms: for a BERT of 6 layers
+on 2 threads the fewest that cost it less than 2 % when it has the cores to itself."""
+
+_cancel = threading.Event()
+_children: dict[int, _Child] = {}
+_guard = threading.Lock()
+_measuring = threading.Lock()
+_slots = threading.BoundedSemaphore(1)
+_quiet: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
+
+
+@dataclass(eq=False)
+class _Child:
+    process: subprocess.Popen[bytes]
+    clock: _Clock
+
+
+class _Clock:
+    """The seconds that a child has had for itself: it stands still while the child is stopped or waits for its turn."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._holds = 0
+        self._seconds = 0.0
+        self._since = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        with self._guard:
+            return self._seconds if self._holds else self._seconds + time.monotonic() - self._since
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block the clock stands still; blocks may overlap."""
+        with self._guard:
+            if not self._holds:
+                self._seconds += time.monotonic() - self._since
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._holds -= 1
+                self._since = time.monotonic()
+
+
+class ChildFailed(Exception):
+    """The child reported an error or died.
+
+    ``retriable`` is False where a further try would end the same way, because the step refused its input. ``details``
+    holds the traceback or the last lines that the child printed.
+    """
+
+    def __init__(self, message: str, *, retriable: bool = True, details: str = "") -> None:
+        super().__init__(message)
+        self.retriable = retriable
+        self.details = details
+
+
+class RunCancelled(Exception):
+    """The run was cancelled while the child worked."""
+
+
+def cancel_all() -> None:
+    """Cancel every child of this process, now and until ``reset`` is called."""
+    _cancel.set()
+
+
+def kill_all() -> None:
+    """Cancel every child, and give those that work no time to end by themselves."""
+    cancel_all()
+    with _guard:
+        children = list(_children.values())
+    for child in children:
+        _signal(child.process, signal.SIGKILL)
+
+
+def reset(parallel: int) -> None:
+    """Allow children again, at the start of a run, and at most ``parallel`` of them at a time."""
+    global _slots
+    _cancel.clear()
+    _slots = threading.BoundedSemaphore(parallel)
+
+
+def cancelled() -> bool:
+    """Whether the run was cancelled."""
+    return _cancel.is_set()
+
+
+def environment(threads: int, patient: bool) -> dict[str, str]:
+    """What a child sees: this process's variables with threads, determinism and quiet libraries set.
+
+    Threads wait for each other all the time. By default OpenMP's spin for milliseconds; as soon as two processes share
+    the cores that makes both of them slow, measured 8 times, in training and in a latency. ``patient`` threads sleep at
+    once, which makes a small model up to half as slow again on an idle machine; others spin for a moment first, and are
+    as fast there as by default.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONHASHSEED": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "MPLBACKEND": "Agg",
+    }
+    if patient:
+        settings["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        settings["GOMP_SPINCOUNT"] = str(SPINS)
+    return {**os.environ, **settings}
+
+
+@contextlib.contextmanager
+def hushing(quiet: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Within the block, ``quiet()`` is entered whenever a latency is taken, so that the caller's threads hold still."""
+    _quiet.append(quiet)
+    try:
+        yield
+    finally:
+        _quiet.remove(quiet)
+
+
+def run_child(
+    job: Mapping[str, Any],
+    *,
+    threads: int,
+    patient: bool,
+    log: Path,
+    on_event: Callable[[Event], None],
+    timeout: float | None = None,
+    command: Sequence[str] = WORKER,
+) -> dict[str, Any]:
+    """Run one job in a fresh process and return its result.
+
+    Args:
+        job: JSON data that ``tasks.worker`` understands.
+        threads: CPU threads that the child may use.
+        patient: see ``environment``; what is measured should run as it will where it is deployed, so not there.
+        log: the file to which everything the child prints is appended.
+        on_event: called with every event of the child except the last.
+        timeout: seconds after which the child is killed, without those in which it is stopped or waits for its turn.
+        command: the program that speaks the protocol.
+
+    Raises:
+        ChildFailed: the job failed, the child died, or its time was up.
+        RunCancelled: ``cancel_all`` was called.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _slot(), log.open("ab") as sink:
+        child = _start(sink, environment(threads, patient), command)
+        try:
+            return _listen(child, job, timeout, on_event, log)
+        finally:
+            _stop(child)
+
+
+@contextlib.contextmanager
+def _slot() -> Iterator[None]:
+    slots = _slots
+    while not slots.acquire(timeout=0.2):
+        if cancelled():
+            raise RunCancelled
+    try:
+        if cancelled():
+            raise RunCancelled
+        yield
+    finally:
+        slots.release()
+
+
+def _start(sink: Any, variables: dict[str, str], command: Sequence[str]) -> _Child:
+    # A child that starts while another measures would disturb it.
+    with _measuring, _guard:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            env=variables,
+            start_new_session=True,
+        )
+        child = _children[process.pid] = _Child(process, _Clock())
+    return child
+
+
+def _listen(
+    child: _Child,
+    job: Mapping[str, Any],
+    timeout: float | None,
+    on_event: Callable[[Event], None],
+    log: Path,
+) -> dict[str, Any]:
+    process = child.process
+    assert process.stdout is not None
+    _tell(process, {**job, "parent": os.getpid()})
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as slot:
+        os.set_blocking(process.stdout.fileno(), False)
+        selector.register(process.stdout, selectors.EVENT_READ)
+        buffer = b""
+        while True:
+            if cancelled():
+                raise RunCancelled
+            if timeout is not None and child.clock.seconds > timeout:
+                raise ChildFailed(f"the step ran longer than its timeout of {timeout:g} s and was stopped")
+            if not selector.select(0.2):
+                continue
+            chunk = process.stdout.read() or b""
+            if not chunk:
+                raise RunCancelled if cancelled() else _death(process, log)
+            buffer += chunk
+            *lines, buffer = buffer.split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                kind = event["event"]
+                if kind == "result":
+                    return event
+                if kind == "error":
+                    raise ChildFailed(event["message"], retriable=event["retriable"], details=event["details"])
+                if kind == "measure":
+                    with child.clock.held():
+                        slot.enter_context(_alone(child))
+                    _tell(process, {"go": True})
+                elif kind == "measured":
+                    slot.close()
+                else:
+                    on_event(event)
+
+
+def _tell(child: subprocess.Popen[bytes], message: Mapping[str, Any]) -> None:
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # a child that died is noticed where its output ends
+        child.stdin.write(json.dumps(message).encode() + b"\n")
+        child.stdin.flush()
+
+
+def _death(child: subprocess.Popen[bytes], log: Path) -> ChildFailed:
+    code = child.wait()
+    tail = log.read_text(errors="replace").strip().splitlines()[-12:]
+    if code < 0:
+        name = signal.Signals(-code).name
+        cause = "; most likely the memory ran out" if code == -signal.SIGKILL else ""
+        return ChildFailed(f"the step's process was killed by {name}{cause}", details="\n".join(tail))
+    return ChildFailed(f"the step's process ended with exit code {code}", details="\n".join(tail))
+
+
+def _stop(child: _Child) -> None:
+    process = child.process
+    with _guard:
+        _children.pop(process.pid, None)
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    for sign, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            break
+        _signal(process, sign)
+        _signal(process, signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    # What the child itself started, a compiler for instance, goes with it.
+    _signal(process, signal.SIGKILL)
+
+
+def _signal(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, sign)
+
+
+@contextlib.contextmanager
+def _alone(child: _Child) -> Iterator[None]:
+    """The one exclusive slot: while it is held, the run's other children stand still and no other run measures."""
+    with _measuring, _machine_wide_lock():
+        with _guard:
+            others = [other for other in _children.values() if other is not child]
+        with contextlib.ExitStack() as stack:
+            for other in others:
+                stack.enter_context(_stopped(other))
+            for hush in _quiet:
+                stack.enter_context(hush())
+            yield
+
+
+@contextlib.contextmanager
+def _stopped(child: _Child) -> Iterator[None]:
+    with child.clock.held():
+        _signal(child.process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(child.process, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def _machine_wide_lock() -> Iterator[None]:
+    path = Path(tempfile.gettempdir()) / f"lathe-{os.getuid()}.measure.lock"
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if cancelled():
+                    raise RunCancelled from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""A spec's schedule as a Prefect deployment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from datetime import timedelta
+
+import pytest
+
+from flows.schedule import schedule_of
+from specs.schema.pipeline import ScheduleSpec
+from tests.flows.conftest import Project, Server, wait_for
+
+STEPS = "steps:\n  - {id: half, uses: quantize, precision: bf16, evaluate: false}\n"
+
+
+def test_cron_and_interval_become_prefects_own():
+    cron = schedule_of(ScheduleSpec(cron="0 3 * * 1", timezone="Europe/Berlin"))
+    assert (cron.cron, cron.timezone) == ("0 3 * * 1", "Europe/Berlin")
+    interval = schedule_of(ScheduleSpec(interval="90 min"))  # type: ignore[arg-type]
+    assert interval.interval == timedelta(minutes=90)
+
+
+def test_a_spec_without_a_schedule_cannot_be_deployed(project: Project):
+    project.write(STEPS)
+    done = project.lathe("deploy", "spec.yaml")
+    assert done.returncode == 2
+    assert "has no schedule" in done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server: Server):
+    project.write(STEPS + "schedule: {interval: 8 s}\n")
+    assert project.lathe("run", "spec.yaml").returncode == 0
+    process = project.start("deploy", "spec.yaml")
+    try:
+        completed = wait_for(
+            lambda: finished(prefect_server) if process.poll() is None else ["died"], 200, "three runs"
+        )
+        assert completed != ["died"], process.communicate()
+        assert len(completed) >= 3
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:  # Prefect's runner waits for the run under way
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert len(project.run_ids()) >= 4
+
+
+def finished(server: Server) -> list[str]:
+    """Flow runs that the schedule started and that completed, once there are three."""
+    body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}, "deployments": {"name": {"any_": ["tiny"]}}}
+    found = server.ask("flow_runs/filter", body)
+    return [run["id"] for run in found] if len(found) >= 3 else []
