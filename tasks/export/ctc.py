@@ -171,7 +171,7 @@ def _positions(embed: Any) -> nn.Module:
     if not isinstance(conv, nn.Conv1d) or getattr(embed, "batch_norm", None) is not None:
         raise StepError("the model's positions are no single convolution, so that padding would change what it hears")
     kernel = conv.kernel_size[0]
-    left = conv.padding[0]
+    left = int(conv.padding[0])
     weight = conv.weight.detach()
 
     class Positions(nn.Module):
