@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
-from specs.schema.steps.compress import PruneSpec
+from specs.schema.steps.prune import PruneSpec
 from tasks.compress.masks import magnitude_masks, quantiles, threshold_masks
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step

@@ -8,18 +8,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specs.schema.steps.compress import QuantizeSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from specs.schema.suggest import nearest
 from tasks.compress import packed
+from tasks.compress.calibrate import outputs
 from tasks.context import Artifact, StepContext, StepError, StepResult
-from tasks.models.applications import family_of
 from tasks.registry import step
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
-
-    from tasks.data.encoded import Encoded
 
 CHECKED_EXAMPLES = 8
 """Training examples on which the outputs are compared with the float model's."""
@@ -216,38 +213,6 @@ def halve(network: nn.Module, precision: str) -> tuple[str, ...]:
             names.append(name)
     network.to(dtype)
     return tuple(names)
-
-
-def outputs(network: nn.Module, data: Encoded) -> Tensor:
-    """The logits for encoded examples, float32; of every token that is no padding where there is one for each token, of
-    what is to be written where the model writes, and of every frame for CTC."""
-    import numpy as np
-    import torch
-
-    from tasks.data.collate import IGNORED, collate
-
-    batch = collate(data, np.arange(len(data)))
-    family = family_of(network.config)  # type: ignore[arg-type]
-    labels = batch.pop("labels", None)
-    writes = family == "encoder-decoder" and data.target_ids is not None
-    if writes and labels is not None:
-        batch["labels"] = labels
-    tensors = {name: _tensor(array) for name, array in batch.items()}
-    with torch.inference_mode():
-        logits = network(**tensors).logits.float()
-    if writes:
-        return logits[tensors["labels"] != IGNORED]
-    if logits.ndim == 2 or family == "ctc":
-        return logits
-    return logits[tensors["attention_mask"].bool()]
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """Whole numbers as int64, which is what torch indexes with."""
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:

@@ -29,6 +29,11 @@ class LinearLayer:
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in], whichever way it is stored; a view, so that writing into it changes the layer."""
+        return self.weight if self.kind == "linear" else self.weight.T
+
+    @property
     def weight_name(self) -> str:
         """The name of the weight in the model's state dict."""
         return f"{self.name}.weight" if self.name else "weight"

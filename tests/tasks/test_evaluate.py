@@ -308,7 +308,7 @@ def test_parity_sees_a_wrong_reference(
 def test_a_packed_model_is_measured_like_any_other(
     root: Path, bert: Path, review_data: DataSpec, classification: Any
 ) -> None:
-    from specs.schema.steps.compress import QuantizeSpec
+    from specs.schema.steps.quantize import QuantizeSpec
     from tasks.compress.quantize import quantize
 
     ctx = support.context(root / "packing", "text-classification", review_data)

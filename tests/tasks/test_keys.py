@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specs.schema.base import StepSpec
-from specs.schema.steps.compress import PruneSpec, QuantizeSpec
 from specs.schema.steps.finetune import FinetuneSpec
+from specs.schema.steps.prune import PruneSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from specs.schema.steps.select import SelectSpec
 from tasks.context import StepError
 from tasks.keys import (

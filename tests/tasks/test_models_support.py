@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from specs.schema.base import StepSpec, Task
 from specs.schema.graph import build
 from specs.schema.pipeline import KINDS, PipelineSpec
-from specs.schema.steps.compress import PruneSpec, QuantizeSpec
 from specs.schema.steps.export import ExportTfliteSpec
 from specs.schema.steps.finetune import FinetuneSpec
+from specs.schema.steps.prune import PruneSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from tasks import registry
 from tasks.models import Family, family_of, load
 from tasks.models.applications import pairs

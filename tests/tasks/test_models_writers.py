@@ -13,7 +13,7 @@ import torch
 from specs.schema.base import Task
 from specs.schema.graph import BaselineSpec
 from specs.schema.pipeline import DataSpec, ModelSpec
-from specs.schema.steps.compress import QuantizeSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress.quantize import quantize
 from tasks.context import StepError, StepResult
 from tasks.models import check_model, family_of, load, load_tokenizer, save

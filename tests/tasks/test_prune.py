@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specs.schema.steps.compress import PruneSpec
+from specs.schema.steps.prune import PruneSpec
 from tasks.compress.masks import magnitude_masks, quantiles, threshold_masks
 from tasks.compress.prune import apply, plan, prunable
 from tasks.context import StepError

@@ -10,8 +10,9 @@ import torch
 
 from specs.schema.graph import BaselineSpec
 from specs.schema.pipeline import DataSpec, ModelSpec
-from specs.schema.steps.compress import PruneSpec, QuantizeSpec
 from specs.schema.steps.finetune import FinetuneSpec
+from specs.schema.steps.prune import PruneSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress.masks import magnitude_masks
 from tasks.compress.prune import prunable, prune
 from tasks.compress.quantize import quantize

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from specs.schema.steps.compress import PruneSpec, QuantizeSpec
 from specs.schema.steps.finetune import TrainingSpec
+from specs.schema.steps.prune import PruneSpec
+from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress import packed
 from tasks.compress.prune import prunable, prune
 from tasks.compress.quantize import outputs, pack, plan_int8, quantize, relative_error
