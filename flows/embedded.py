@@ -107,7 +107,7 @@ class Server:
             ServerFailed: it died, or did not answer in time.
         """
         if self._process is None:
-            _reach_named_server()
+            reach_named_server()
             return
         limit = float(os.environ.get(STARTUP_VARIABLE, STARTUP_SECONDS))
         deadline = time.monotonic() + limit
@@ -125,7 +125,12 @@ class Server:
         )
 
 
-def _reach_named_server() -> None:
+def reach_named_server() -> None:
+    """Return where the server that the user named answers.
+
+    Raises:
+        ServerFailed: it does not.
+    """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:

@@ -210,7 +210,7 @@ class _Planner:
         self.device = device
         self.measured = measured
         self.model_bytes = model_bytes
-        self.latest = latest_recipes(store)
+        self.latest = latest_recipes(store, spec.name)
         self.keys: dict[str, str] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.references: dict[str, str | None] = {}
@@ -272,12 +272,21 @@ def shaping_data(spec: PipelineSpec) -> dict[str, Any]:
     return {"task": spec.task, "fields": spec.data.fields.model_dump(), "max_length": spec.data.max_length}
 
 
-def latest_recipes(store: Store) -> dict[str, Mapping[str, Any]]:
-    """The newest recipe in the store by step id, to say what has changed since."""
+def latest_recipes(store: Store, spec: str) -> dict[str, Mapping[str, Any]]:
+    """The newest recipe in the store by step id among those of runs of the spec called ``spec``, to say what has
+    changed since."""
+    entries = store.ls()
+    records = {run: store.run(run) for run in {run for entry in entries for run in entry.runs}}
+    mine = {run for run, record in records.items() if record is not None and record.info.get("spec") == spec}
     latest: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for entry in store.ls():
+    for entry in entries:
         name = entry.step
-        if name and entry.uses != "evaluate" and (name not in latest or latest[name][0] < entry.created):
+        if (
+            name
+            and mine.intersection(entry.runs)
+            and entry.uses != "evaluate"
+            and (name not in latest or latest[name][0] < entry.created)
+        ):
             latest[name] = (entry.created, entry.recipe)
     return {name: recipe for name, (_, recipe) in latest.items()}
 

@@ -11,7 +11,6 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
@@ -23,6 +22,9 @@ from tasks.journal import Journal, ended, read
 from tasks.tracking import answers, tracking_uri, upload
 
 RECORD = "prefect.json"
+OPEN = "open-in-prefect"
+"""The mark on a closed run that is yet to be closed in Prefect."""
+
 POLL_SECONDS = 2.0
 
 PATIENCE_SECONDS = 2.0
@@ -85,11 +87,16 @@ def reconcile(home: Home) -> list[str]:
         record = read_run(folder)
         if record is None or record.end is not None:
             continue
-        with contextlib.suppress(Exception):  # another start may be doing the same, or the server may be another one
-            _close_in_prefect(folder)
+        if (folder / RECORD).exists():
+            (folder / OPEN).touch()
         (folder / UNSENT).touch()
         _end(record)
         closed.append(folder.name)
+    for mark in sorted(home.runs.glob(f"*/{OPEN}")):
+        # The server may be away, or another one than the run's; the mark stays for the next start then.
+        with contextlib.suppress(Exception):
+            _close_in_prefect(mark.parent)
+            mark.unlink(missing_ok=True)
     unsent = [mark.parent for mark in sorted(home.runs.glob(f"*/{UNSENT}"))]
     if unsent:
         threading.Thread(target=_upload, args=(home, unsent), name="upload-closed-runs", daemon=True).start()
@@ -121,16 +128,12 @@ def _upload(home: Home, folders: list[Path]) -> None:
 
 
 def _close_in_prefect(folder: Path) -> None:
-    record = folder / RECORD
-    if not record.exists():
-        return
-    identifier = UUID(json.loads(record.read_text())["flow_run"])
+    identifier = UUID(json.loads((folder / RECORD).read_text())["flow_run"])
     state = Crashed(message=f"{KILLED}; reconciled at the next start")
     with get_client(sync_client=True) as client:
-        with contextlib.suppress(ObjectNotFound):
-            run = client.read_flow_run(identifier)
-            if run.state is None or not run.state.is_final():
-                client.set_flow_run_state(identifier, state, force=True)
+        run = client.read_flow_run(identifier)
+        if run.state is None or not run.state.is_final():
+            client.set_flow_run_state(identifier, state, force=True)
         _close_tasks(client, identifier)
 
 

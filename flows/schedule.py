@@ -10,6 +10,7 @@ from typing import Any
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.types.entrypoint import EntrypointType
 
+from flows.due import skip_missed
 from flows.errors import PlanError
 from flows.home import Home
 from flows.optimize import optimize
@@ -17,7 +18,8 @@ from specs.schema.load import LoadedSpec
 from specs.schema.pipeline import ScheduleSpec
 
 CONCURRENT_RUNS = 1
-"""A run that is due while the former one still goes waits for it, so that neither disturbs the other's figures."""
+"""A run that is due while the former one still goes waits for it, so that neither disturbs the other's figures; where
+several wait, all but the newest are skipped."""
 
 
 def schedule_of(spec: ScheduleSpec) -> Schedule:
@@ -48,12 +50,14 @@ def parameters_of(loaded: LoadedSpec, overrides: Sequence[str]) -> dict[str, Any
 
 
 def serve(loaded: LoadedSpec, overrides: Sequence[str], limit: int = CONCURRENT_RUNS) -> None:
-    """Deploy the spec and run it on its schedule from this process, until it is stopped.
+    """Deploy the spec and run it on its schedule from this process, until it is stopped. What was due while nothing
+    served it is recorded as skipped.
 
     Raises:
         PlanError: the spec has no schedule.
     """
     schedule = schedule_in(loaded)
+    skip_missed(f"{optimize.name}/{loaded.spec.name}")
     optimize.serve(
         name=loaded.spec.name,
         schedules=[schedule_of(schedule)],

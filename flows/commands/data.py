@@ -29,12 +29,17 @@ def register(app: typer.Typer) -> None:
 
 def data(spec: SpecFile, set_: Set = None, as_json: AsJson = False) -> None:
     """Look at the data: counts, lengths, balance of the labels, duplicates within and between the splits, examples."""
+    from flows.errors import PlanError
     from specs.schema.load import load
+    from tasks.context import StepError
     from tasks.data.preflight import overview
 
     loaded = load(spec, set_ or ())
-    with err.status("reading the data") if err.is_terminal else nullcontext():
-        splits = overview(loaded.spec.data, loaded.spec.task, _tokenizer(loaded.spec.model))
+    try:
+        with err.status("reading the data") if err.is_terminal else nullcontext():
+            splits = overview(loaded.spec.data, loaded.spec.task, _tokenizer(loaded.spec.model))
+    except StepError as error:
+        raise PlanError(f"error: {error}") from error
     if as_json:
         answer = {"version": 1, "spec": str(spec), "splits": {name: split.as_dict() for name, split in splits.items()}}
         out.print_json(loaded.redact(json.dumps(answer)))

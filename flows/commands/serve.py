@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.options import OfSpec, Set, SpecFile
-from flows.terminal import ExitCode, err, on_interrupt, out
+from flows.terminal import ExitCode, complain, err, on_interrupt, out
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def deploy(
 
     Without --work-pool this process stays and carries out the runs.
     """
-    from flows.embedded import configure, has_server
+    from flows.embedded import ServerFailed, configure, has_server, reach_named_server
     from specs.schema.load import load
 
     loaded = load(spec, set_ or ())
@@ -53,6 +53,11 @@ def deploy(
             markup=False,
         )
         raise typer.Exit(ExitCode.SPEC)
+    try:
+        reach_named_server()
+    except ServerFailed as error:
+        complain(f"error: {error}")
+        raise typer.Exit(ExitCode.STEP) from error
     from flows.home import Home
     from flows.schedule import deploy_to_pool, schedule_in, serve
 

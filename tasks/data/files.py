@@ -63,8 +63,8 @@ def files_of(source: str) -> list[Path]:
         if not found:
             raise StepError(f"{source}: no file matches the pattern")
     else:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = nearest(path.name, sorted(siblings)[:50]) if siblings else f"the folder {path.parent} does not exist"
+        siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        where = nearest(path.name, siblings) if siblings else f"the folder {path.parent} does not exist"
         raise StepError(f"{source}: no such file; {where}")
     for file in found:
         if file.suffix.lower() not in _READERS:
@@ -222,9 +222,10 @@ def _parallel(source: Path, target: Path, fields: FieldsSpec, wanted: Sequence[s
         raise StepError(f"{source} and {target}: two parallel files are for translation; name one file")
     counts = [_count_lines(file) for file in (source, target)]
     if counts[0] != counts[1]:
+        longer = source if counts[0] > counts[1] else target
         raise StepError(
-            f"{source} has {counts[0]} lines and {target} has {counts[1]}; line n of one must be the translation of "
-            "line n of the other"
+            f"{longer}:{min(counts) + 1}: this line has no partner: {source} has {counts[0]} lines and {target} has "
+            f"{counts[1]}; line n of one must be the translation of line n of the other"
         )
     for (number, ours), (_, theirs) in zip(_lines(source), _lines(target), strict=True):
         place = f"{source}:{number}"

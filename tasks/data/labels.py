@@ -38,7 +38,8 @@ def agree(found: tuple[str, ...], of_model: tuple[str, ...] | None) -> tuple[str
     """
     if of_model is None:
         return None
-    if {name.casefold() for name in found} == {name.casefold() for name in of_model}:
+    theirs = {name.casefold() for name in of_model}
+    if {name.casefold() for name in found} == theirs and len(found) == len(theirs) == len(of_model):
         return of_model
     numbers = all(_is_number(name) and 0 <= int(name) < len(of_model) for name in found)
     if numbers and len(found) == len(of_model):
@@ -49,6 +50,9 @@ def agree(found: tuple[str, ...], of_model: tuple[str, ...] | None) -> tuple[str
 
 def numbers_of(found: tuple[str, ...], names: tuple[str, ...]) -> dict[str, int]:
     """Label as it stands in the data -> its number, given the labels of the data and the names in use."""
+    exact = {name: number for number, name in enumerate(names)}
+    if all(name in exact for name in found):
+        return {name: exact[name] for name in found}
     by_name = {name.casefold(): number for number, name in enumerate(names)}
     if all(name.casefold() in by_name for name in found):
         return {name: by_name[name.casefold()] for name in found}

@@ -207,7 +207,8 @@ class _Survey:
             size = sum(file.stat().st_size for file in files_of(source))
         by_tokens = (spec.min_tokens, spec.max_tokens, spec.max_ratio) != (None, None, None)
         unknown = by_tokens and self.tokenizer is None and self.split == "train"
-        skipped = f"data.{self.split}: {self.bad.warning}" if self.bad.counts else ""
+        looked = "" if self.thorough or (self.complete and self.task != "speech-recognition") else ", at a first look"
+        skipped = f"data.{self.split}{looked}: {self.bad.warning}" if self.bad.counts else ""
         return DataSummary(
             records=self.count,
             complete=self.complete,

@@ -26,6 +26,7 @@ from tasks.evaluate.runners import on_threads, open_runner
 from tasks.evaluate.subject import Scored, Subject
 from tasks.evaluate.workload import WORK, Shape, Timed
 from tasks.keys import processor
+from tasks.quiet import undisturbed
 
 VERSION = 1
 FILE = "evaluation.json"
@@ -88,7 +89,10 @@ def evaluate(
     subject = Subject(task, runner, rows, text, data, spec, progress)
     with exclusive():
         timed = work.latency(subject, shape, spec.latency.repeats)
-        seconds = speed.time_calls(timed.calls, warmup=spec.latency.warmup, repeats=spec.latency.repeats)
+        seconds, disturbed = undisturbed(
+            lambda: speed.time_calls(timed.calls, warmup=spec.latency.warmup, repeats=spec.latency.repeats),
+            "the latency",
+        )
         written = work.writing(subject) if work.writing is not None else None
 
     subject = replace(subject, runner=on_threads(runner, artifact, task, latency_threads, threads))
@@ -98,7 +102,7 @@ def evaluate(
     metrics |= speed.metrics(seconds, shape.batch, **sampling)
     metrics |= written.metrics(**sampling) if written is not None else {}
     metrics["peak_memory"] = scores.metric(peak)
-    notes = _notes(artifact, subject)
+    notes = _notes(artifact, subject) + ([disturbed] if disturbed else [])
     if artifact.kind == "export":
         parity_metrics, note = _parity(reference, subject)
         metrics |= parity_metrics

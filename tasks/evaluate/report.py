@@ -275,6 +275,9 @@ def _facts(step: StepRow) -> list[tuple[str, str]]:
         facts.append(("left alone", f"and {len(step.left) - 12} more, all in report.json"))
     if step.evaluation is not None:
         dtypes = step.evaluation.record.get("dtypes", {})
+        scenario = step.evaluation.record.get("scenario", {})
+        facts += [(f"{name}, as sacrebleu states it", text) for name, text in scenario.get("signatures", {}).items()]
+        facts.append(("WER and CER compare texts after", scenario.get("normalise", "")))
         facts.append(("files", files_of(step)))
         facts.append(("data types", ", ".join(f"{name} {size(weight)}" for name, weight in dtypes.items())))
     return [(name, value) for name, value in facts if value]

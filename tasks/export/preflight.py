@@ -46,6 +46,11 @@ def refuses(spec: ExportTfliteSpec | None, family: Family, task: Task) -> str | 
             f"npu: {spec.npu} compiles one graph, and a model that reads and then writes token by token is two; leave "
             "npu out, or use a model for CTC where it is speech"
         )
+    if spec.precision == "int8" and family == "encoder-decoder":
+        return (
+            "precision int8 gives the encoder's output another scale than the decoder takes it with; write precision: "
+            "int8-dynamic"
+        )
     for field, tasks, families in _FIELDS:
         if getattr(spec, field) is not None and not (task in tasks and family in families):
             return f"{field} is for {' and '.join(tasks)} with a model that is {' or '.join(families)}; leave it out"
@@ -150,11 +155,6 @@ def check_export(
         )
     elif task == "text-generation" and spec.generates and kind in _UNCACHED:
         problems.append(f"{kind} keeps no keys and values of every layer in a cache; write generation: false")
-    if spec.precision == "int8" and config.get("is_encoder_decoder"):
-        problems.append(
-            "precision int8 gives the encoder's output another scale than the decoder takes it with; write precision: "
-            "int8-dynamic"
-        )
     length = spec.length or max_length
     hidden = next((config[name] for name in ("hidden_size", "n_embd", "dim", "d_model") if config.get(name)), None)
     rows = config.get("vocab_size") or 0

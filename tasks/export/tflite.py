@@ -28,7 +28,7 @@ REPORT = "vela.json"
 _FAITHFUL = 1e-2
 """The largest difference between the float file and torch, relative to the largest logit, that passes as rounding."""
 
-_KEPT = (
+_KEPT = (  # what the runtime, the features and the measurement ask for
     "model_type",
     "architectures",
     "id2label",
@@ -40,6 +40,7 @@ _KEPT = (
     "conv_kernel",
     "conv_stride",
     "num_mel_bins",
+    "max_source_positions",
 )
 
 

@@ -77,6 +77,10 @@ def load(path: Path, device: str = "cpu") -> nn.Module:
             f"{path}: {len(missing)} weights that config.json asks for are not in the file, first {missing[0]}; "
             "the folder is incomplete or belongs to another model"
         )
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name in computed:  # never stored, such as Marian's sines
+            parameter.requires_grad_(False)
     return model.eval().to(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specs.schema.redaction import redact
-from tasks.journal import Journal, entries
+from tasks.journal import Journal, entries, read
 from tasks.tracking import state as states
 from tasks.tracking.progress import Progress
 from tasks.tracking.replay import replay
@@ -300,10 +301,17 @@ def _status(run_folder: Path, uri: str, reason: str | None) -> Status:
         waiting=waiting,
         uri=shown(uri),
         reason=reason if waiting else None,
-        remedy=f"lathe report {run_folder.name} --upload" if waiting else None,
+        remedy=_upload_command(run_folder) if waiting else None,
         problems=tuple(state.problems),
         address=_address(run_folder, uri),
     )
+
+
+def _upload_command(run_folder: Path) -> str:
+    """What sends the rest, from whichever folder it is called."""
+    start = next((event for event in read(run_folder) if event["event"] == "run_start"), {})
+    spec = ["--spec", str(start["spec_path"])] if start.get("spec_path") else []
+    return shlex.join(["lathe", "report", run_folder.name, "--upload", *spec])
 
 
 def run_address(run_folder: Path, home: Path, step: str | None = None, ui: str | None = None) -> str:

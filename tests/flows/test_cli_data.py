@@ -131,7 +131,7 @@ def test_the_command_line_may_change_the_data(tmp_path, capsys):
 def test_bad_data_and_bad_specs_are_told(tmp_path, capsys):
     support.write_jsonl(tmp_path / "train.jsonl", [{"txt": "a"}])
     path = spec(tmp_path, "text-generation", {"train": "train.jsonl", "eval": "train.jsonl"})
-    assert lathe("data", path) == ExitCode.STEP
+    assert lathe("data", path) == ExitCode.SPEC
     assert "train.jsonl:1: no column 'text'; did you mean txt?" in capsys.readouterr().err
     assert lathe("data", path, "--set", "data.wrong=1") == ExitCode.SPEC
     assert lathe("data", tmp_path / "none.yaml") == ExitCode.SPEC

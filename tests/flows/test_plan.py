@@ -19,6 +19,7 @@ from flows.terminal import ExitCode
 from specs.schema.graph import build
 from specs.schema.load import LoadedSpec, load
 from tasks import events, supervise
+from tasks.artifacts import Store
 from tests.flows.conftest import SPEC
 from tests.flows.test_cli_spec import lathe
 from tests.specs.writing import place, write
@@ -55,6 +56,24 @@ def test_every_step_stands_under_its_first_input(tmp_path: Path) -> None:
         "  └─b       quantize",
         "    └─best  select (+ c)",
     ]
+
+
+def test_what_changed_is_told_against_runs_of_the_same_spec(tmp_path: Path) -> None:
+    from flows.plan import latest_recipes
+
+    store = Store(tmp_path / "store")
+    for number, spec in enumerate(("mine", "other")):
+        with store.scratch() as scratch:
+            out = scratch / "out"
+            out.mkdir()
+            (out / "file").write_text(spec)
+            recipe = {"step": "teacher", "uses": "finetune", "spec": {"epochs": number}}
+            key = str(number) * 64
+            store.commit(out, key=key, kind="model", recipe=recipe, result={}, properties={})
+        store.pin(f"run-{number}", [key], spec=spec)
+    assert latest_recipes(store, "mine")["teacher"]["spec"] == {"epochs": 0}
+    assert latest_recipes(store, "other")["teacher"]["spec"] == {"epochs": 1}
+    assert latest_recipes(store, "third") == {}
 
 
 def test_each_line_belongs_to_its_step(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import subprocess
 from datetime import timedelta
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.due import MISSED, skip_missed
 from flows.schedule import schedule_of
 from specs.schema.pipeline import ScheduleSpec
 from tests.flows.conftest import Project, Server, wait_for
@@ -30,6 +32,18 @@ def test_a_spec_without_a_schedule_cannot_be_deployed(project: Project):
     assert "has no schedule" in done.stderr
 
 
+def test_a_schedule_needs_a_server_that_stays(lonely: Project):
+    lonely.write(STEPS + "schedule: {interval: 8 s}\n")
+    done = lonely.lathe("deploy", "spec.yaml")
+    assert done.returncode == 2
+    assert "lathe up" in done.stderr
+    done = lonely.lathe("deploy", "spec.yaml", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.returncode == 3
+    assert "http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "lathe up" in done.stderr
+    assert "serving" not in done.stderr
+
+
 @pytest.mark.timeout(300)
 def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server: Server):
     project.write(STEPS + "schedule: {interval: 8 s}\n")
@@ -49,6 +63,11 @@ def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert len(project.run_ids()) >= 4
+    with temporary_settings({PREFECT_API_URL: prefect_server.url}):
+        wait_for(lambda: skip_missed("lathe/tiny"), 60, "a run that nothing serves")
+        assert skip_missed("lathe/nothing") == 0
+    body = {"flow_runs": {"state": {"type": {"any_": ["CANCELLED"]}}}, "deployments": {"name": {"any_": ["tiny"]}}}
+    assert MISSED in {run["state"]["message"] for run in prefect_server.ask("flow_runs/filter", body)}
 
 
 def finished(server: Server) -> list[str]:

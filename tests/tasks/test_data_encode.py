@@ -136,12 +136,27 @@ def test_labels_are_ordered_by_number_or_name():
         (("a", "b"), ("a", "b", "c"), None, None),
         (("0", "1"), ("1", "0"), ("1", "0"), [1, 0]),
         (("a", "b"), None, None, None),
+        (("Pos", "pos"), ("Pos", "pos"), ("Pos", "pos"), [0, 1]),
+        (("Neg", "Pos", "pos"), ("neg", "pos"), None, None),
     ],
 )
 def test_labels_agree_with_those_of_a_classifier(found, of_model, names, numbers):
     assert agree(found, of_model) == names
     if names is not None:
         assert list(numbers_of(found, names).values()) == numbers
+
+
+def test_labels_that_differ_in_case_alone_stay_apart():
+    assert numbers_of(("Pos", "pos"), ("Pos", "pos")) == {"Pos": 0, "pos": 1}
+
+
+def test_texts_that_are_cut_are_counted(tmp_path):
+    model = tiny_model(tmp_path / "model", "bert", "text-classification")
+    data = tiny_data(tmp_path, "text-classification").model_copy(update={"max_length": 3})
+    cut = encode(data, "train", "text-classification", model, tmp_path / "store").warnings
+    assert any("texts cut at data.max_length" in text for text in cut)
+    windowed = data.model_copy(update={"windows": 0})
+    assert encode(windowed, "train", "text-classification", model, tmp_path / "store").warnings == ()
 
 
 def test_only_a_classifier_has_labels():

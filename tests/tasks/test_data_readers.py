@@ -279,7 +279,7 @@ def test_other_columns_hold_the_pair(tmp_path):
 
 def test_parallel_files_of_unequal_length_are_told_with_both_counts(tmp_path):
     source = parallel(tmp_path, "a\nb\nc\n", "x\ny")
-    with pytest.raises(StepError, match=r"train\.en has 3 lines and .*train\.de has 2"):
+    with pytest.raises(StepError, match=r"train\.en:3: .* partner.*train\.en has 3 lines and .*train\.de has 2"):
         pairs(source, train_limit=1, on_bad_row="skip")
 
 

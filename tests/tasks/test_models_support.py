@@ -76,6 +76,16 @@ def test_what_the_table_allows_runs(made, tmp_path, pair, step):
     load(ctx.out)
 
 
+def test_full_int8_is_refused_for_models_that_read_and_then_write():
+    int8 = ExportTfliteSpec(uses="export_tflite", id="x", precision="int8")
+    refused = {pair: supports(int8, pair[1], pair[0]) for pair in pairs()}
+    assert {pair for pair, reason in refused.items() if reason} == {
+        ("translation", "encoder-decoder"),
+        ("speech-recognition", "encoder-decoder"),
+    }
+    assert all("int8-dynamic" in reason for reason in refused.values() if reason)
+
+
 def test_a_family_that_cannot_do_the_task_is_refused_with_those_that_can():
     reason = supports(PruneSpec, "ctc", "translation")
     assert reason == "translation needs a model that is encoder-decoder, and this one is ctc"

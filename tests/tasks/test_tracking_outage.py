@@ -91,7 +91,7 @@ def test_a_server_that_is_down_holds_up_nothing(home: Path, outage: contextlib.A
     assert not status.uploaded
     assert status.waiting == CURVE + 11
     assert status.reason
-    assert status.remedy == f"lathe report {folder(home).name} --upload"
+    assert status.remedy == f"lathe report {folder(home).name} --upload --spec specs/sentiment.yaml"
     assert upload(folder(home), home).uploaded
     before = counts(home)
     assert upload(folder(home), home).uploaded

@@ -50,6 +50,7 @@ def start(folder: Path, *, moment: float | None = None, secrets: tuple[str, ...]
         "experiment": "sentiment",
         "description": "A sentiment classifier for a small board.",
         "task": "text-classification",
+        "spec_path": "specs/sentiment.yaml",
         "spec_text": SPEC_TEXT,
         "spec": {"name": "sentiment", "seed": 0, "data": {"max_length": 64}, "steps": steps, "tracking": {}},
         "environment": {"python": "3.11", "libraries": {"torch": "2.13.0"}},

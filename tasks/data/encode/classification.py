@@ -90,6 +90,7 @@ def encode(job: Job) -> Encoded:
                 continue
             if not job.keeps(counted(encoding, special, overlap)):
                 continue
+            job.cut["texts cut at data.max_length"] += data.windows is None and bool(encoding.overflowing)
             windows = [encoding] if data.windows is None else [encoding, *encoding.overflowing]
             rows += [np.array(window.ids, dtype=np.int32) for window in windows]
             labels += [label] * len(windows)
