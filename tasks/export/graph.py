@@ -61,8 +61,11 @@ class Operator:
 def module_of(name: str) -> str:
     """``…GPT2Model_transformer/…GPT2Block_0/…Conv1D_c_proj;3`` to ``transformer.0.c_proj``.
 
-    The name of a fused operator holds the paths of all it was fused from; the deepest says most.
+    The name of a fused operator holds the paths of all it was fused from; the deepest says most. A name that
+    ``shorten_names`` gave is its module's already.
     """
+    if "/" not in name:
+        return name.partition(";")[0]
     path = max((part.split("/")[1:] for part in name.split(";")), key=len)
     found = [re.match(r"[A-Za-z0-9]+_(.+)$", part.rsplit(".", 1)[-1]) for part in path]
     return ".".join(match[1] for match in found if match).removeprefix("model.")
@@ -80,6 +83,16 @@ def write(model: Any, path: Path) -> None:
     from ai_edge_litert.tools import flatbuffer_utils
 
     flatbuffer_utils.write_model(model, str(path))
+
+
+def shorten_names(path: Path) -> None:
+    """Name every tensor by its module and its number alone. The converter names it after the whole path of classes, and
+    a fused one after all it was fused from: some hundred bytes a tensor, once a signature."""
+    model = read(path)
+    for subgraph in model.subgraphs:
+        for index, tensor in enumerate(subgraph.tensors):
+            tensor.name = f"{module_of(tensor.name.decode())};{index}".encode()
+    write(model, path)
 
 
 def signatures(model: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.export.attention import use_export_attention
 from tasks.export.convert import to_litert
 from tasks.export.forms import Form, open_form
+from tasks.export.graph import shorten_names
 from tasks.export.lite_file import LiteFile
 from tasks.export.names import FILE
 from tasks.export.npu import choose, compile_npu
@@ -104,6 +105,7 @@ def export_tflite(model: Artifact, *, spec: ExportTfliteSpec, ctx: StepContext) 
         block = spec.precision.removeprefix("int4-block") if spec.precision.startswith("int4") else None
         unfit = weights_only(floats, out, int(block) if block else None)
     written = read_back(out, spec.precision, unfit, config.get("vocab_size") or 0)
+    shorten_names(out)
     warnings += check_written(out, written, spec.precision, float_size, bool(tied))
     _check_runs(form, out, ctx)
 
