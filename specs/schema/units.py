@@ -268,19 +268,24 @@ def parse_keep(value: Any) -> Keep:
     if unit in ("", "%"):
         share = number / 100 if unit == "%" else number
         if not 0 < share < 1:
-            raise ValueError(f"{value!r} is outside 0% to 100%, and neither of them prunes; write for example {example}")
+            raise ValueError(
+                f"{value!r} is outside 0% to 100%, and neither of them prunes; write for example {example}"
+            )
         return Keep((share, "share"))
     scales = PARAMETERS if unit in PARAMETERS else SECONDS
     if unit not in scales:
         raise ValueError(f"{value!r}: unit {unit!r} is unknown; write for example {example}")
     if number <= 0:
         raise ValueError(f"{value!r} is not above 0; write for example {example}")
-    return Keep((_finite(number * scales[unit], "a target", example), "parameters" if unit in PARAMETERS else "seconds"))
+    return Keep(
+        (_finite(number * scales[unit], "a target", example), "parameters" if unit in PARAMETERS else "seconds")
+    )
 
 
 def _kept(keep: Keep) -> str:
     """As a spec would say it, so that what was dumped can be read again."""
-    return f"{keep.number!r} {dict(share='', parameters='parameters', seconds='s')[keep.unit]}".strip()
+    unit = {"share": "", "parameters": "parameters", "seconds": "s"}[keep.unit]
+    return f"{keep.number!r} {unit}".strip()
 
 
 KeepField = Annotated[
@@ -291,7 +296,10 @@ KeepField = Annotated[
         {
             "anyOf": [
                 {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                {"type": "string", "pattern": rf"^\s*[0-9.]+(e[+-]?[0-9]+)?\s*(%|{'|'.join(PARAMETERS)}|{_UNITS_OF_TIME})?\s*$"},
+                {
+                    "type": "string",
+                    "pattern": rf"^\s*[0-9.]+(e[+-]?[0-9]+)?\s*(%|{'|'.join(PARAMETERS)}|{_UNITS_OF_TIME})?\s*$",
+                },
             ],
             "description": "a share, a number of parameters or a time, for example 50%, 5M or 8 ms",
         }

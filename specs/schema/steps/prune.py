@@ -97,7 +97,8 @@ class PruneSpec(StepSpec):
             if given and name not in (*needed, *possible):
                 owners = [method for method, (must, may) in FIELDS.items() if name in (*must, *may)]
                 raise FieldError(
-                    name, f"{name} does not go with method {self.method}; it is for {' and '.join(owners)}: leave it out"
+                    name,
+                    f"{name} does not go with method {self.method}; it is for {' and '.join(owners)}: leave it out",
                 )
             if not given and name in needed:
                 raise FieldError(name, f"method {self.method} needs {name}; write for example {name}: {needed[name]}")
