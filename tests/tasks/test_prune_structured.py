@@ -259,7 +259,7 @@ def test_without_a_block_it_computes_what_the_model_that_skips_it_does(kind):
         cached = {} if kind in ("wav2vec2", "bert", "roberta", "distilbert") else {"use_cache": False}
         expected = skipping(**inputs(kind), **cached).logits
     assert torch.allclose(logits(small, kind), expected, atol=1e-6)
-    assert not torch.allclose(logits(small, kind), logits(model, kind), atol=1e-4)
+    assert float((logits(small, kind) - logits(model, kind)).abs().max()) > 1e-5
     assert tied_weights(small) == tied_weights(model)
 
 
