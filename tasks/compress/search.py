@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 GRID = 400
 """So many shares are tried at most; neighbours often give the same shape."""
+
+FILE = "chosen-shape.json"
 
 WARMUP, REPEATS = 3, 21
 """Forward passes of a candidate before and during the measurement."""
@@ -88,12 +91,17 @@ def by_time(
     """The largest shape whose forward pass takes at most the time ``keep``, found by bisection, and what was measured.
 
     A forward pass reads one example: of a text ``data.max_length`` tokens, else the longest of ``data`` with what is to
-    be written. The time is the median of ``REPEATS`` passes after ``WARMUP``, on the threads of the step.
+    be written. The time is the median of ``REPEATS`` passes after ``WARMUP``, on the threads of the step. A step that was
+    killed finds what it chose in ``ctx.checkpoints``, so that the training of that shape can go on.
 
     Raises:
         StepError: the whole model is fast enough, or the smallest shape is not.
     """
     candidates = shapes(way)
+    file = ctx.checkpoints / FILE
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record["shape"], record["candidates"]
     given = _example(data, ctx)
     times: dict[int, float] = {}
 
@@ -118,7 +126,12 @@ def by_time(
             fast = middle
         else:
             slow = middle
-    return candidates[fast], [{"shape": candidates[index], "seconds": times[index]} for index in sorted(times)]
+    measured = [{"shape": candidates[index], "seconds": times[index]} for index in sorted(times)]
+    ctx.checkpoints.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps({"shape": candidates[fast], "candidates": measured}), encoding="utf-8")
+    draft.replace(file)
+    return candidates[fast], measured
 
 
 def _first(candidates: list[dict[str, int]], fits: Callable[[Mapping[str, int]], bool]) -> int:

@@ -118,6 +118,10 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     sizes = weights_in(model.path), weights_in(ctx.out)
     if sizes[1].parameters >= sizes[0].parameters:
         raise StepError(f"the model has {sizes[1].parameters} parameters and had {sizes[0].parameters}; keep less")
+    if sizes[1].bytes >= sizes[0].bytes:
+        warnings.append(
+            "the file is no smaller: its weights came in fewer bits and are float32 now; quantize afterwards"
+        )
     return StepResult(
         kind="model",
         touched=tuple(sorted(kept)),

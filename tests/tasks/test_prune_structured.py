@@ -418,6 +418,11 @@ def test_the_largest_shape_that_is_fast_enough_stays(monkeypatch, tmp_path):
     assert shape == search.shapes(smaller)[3]
     assert {"shape": shape, "seconds": sizes[3] / 1e6} in times
     assert len(times) < len(sizes)
+    monkeypatch.setattr(search, "_seconds", lambda network, given, ctx: 0.0)  # after a kill it does not measure again
+    again = search.by_time(smaller, scores, tiny.language(4), parse_keep("1 s"), ctx)
+    assert again == (shape, times)
+    (ctx.checkpoints / search.FILE).unlink()
+    monkeypatch.setattr(search, "_seconds", lambda network, given, ctx: parameters(network) / 1e6)
     with pytest.raises(StepError, match="the whole model takes"):
         search.by_time(smaller, scores, tiny.language(4), parse_keep("60 s"), ctx)
     with pytest.raises(StepError, match=r"the smallest shape .* takes .* let more parts go"):
