@@ -91,8 +91,8 @@ def by_time(
     """The largest shape whose forward pass takes at most the time ``keep``, found by bisection, and what was measured.
 
     A forward pass reads one example: of a text ``data.max_length`` tokens, else the longest of ``data`` with what is to
-    be written. The time is the median of ``REPEATS`` passes after ``WARMUP``, on the threads of the step. A step that was
-    killed finds what it chose in ``ctx.checkpoints``, so that the training of that shape can go on.
+    be written. The time is the median of ``REPEATS`` passes after ``WARMUP``, on the threads of the step. A step that
+    was killed finds what it chose in ``ctx.checkpoints``, so that the training of that shape can go on.
 
     Raises:
         StepError: the whole model is fast enough, or the smallest shape is not.
