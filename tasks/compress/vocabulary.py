@@ -77,8 +77,8 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
         (ctx.out / name).write_text(text, encoding="utf-8")
     dropped = _write_rest(model.path, ctx.out, numbers)
     save(smaller_model, ctx.out)
-    _prove_loaded(model.path, ctx.out, data, numbers)
     _prove_encoding(data, encode(ctx.data, "train", ctx.task, ctx.out, ctx.store), numbers)
+    _prove_loaded(model.path, ctx.out, data, numbers)
     _prove_logits(network, smaller_model, data, kept, numbers, ctx)
     properties: dict[str, Any] = {}
     summary, warnings = f"kept {len(kept)} of {size} tokens", ()

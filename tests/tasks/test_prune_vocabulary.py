@@ -160,9 +160,10 @@ def test_the_model_gives_what_it_gave(request, tmp_path, family):
     assert sizes[1] < sizes[0]
     for name in ("pad", "eos", "bos", "unk"):
         assert getattr(after, f"{name}_token") == getattr(before, f"{name}_token")
-    for settings_ in (new.config, new.generation_config if family != "bert" else new.config):  # type: ignore[union-attr]
-        if settings_.pad_token_id is not None:
-            assert settings_.pad_token_id == after.pad_token_id
+    ours: Any = new
+    for named in (ours.config, ours.generation_config if family != "bert" else ours.config):
+        if named.pad_token_id is not None:
+            assert named.pad_token_id == after.pad_token_id
     one, other = (encode(few, "train", task, place, ctx.store) for place in (folder, ctx.out))
     words = [before.convert_ids_to_tokens(row.tolist()) for row in np.asarray(one.input_ids)]
     assert [after.convert_ids_to_tokens(row.tolist()) for row in np.asarray(other.input_ids)] == words
