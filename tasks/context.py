@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,7 @@ class StepContext:
         evaluations: the measurements of the inputs, by step id (``select`` alone is given them).
         gates: the gates on this step (``select`` alone is given them).
         emit: receives every event; the default drops them, so that a step runs in one line in a test.
+        exclusive: while it is held nothing else of the run computes: a step that measures a time does so inside.
     """
 
     step_id: str
@@ -116,6 +118,7 @@ class StepContext:
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     gates: tuple[GateSpec, ...] = ()
     emit: Callable[[Mapping[str, Any]], None] = _ignore
+    exclusive: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         """Record a figure over time, for example the training loss at an optimiser step."""

@@ -110,6 +110,7 @@ def _do_step(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         evaluations={name: Evaluation.read(Path(path)) for name, path in job["evaluations"].items()},
         gates=TypeAdapter(tuple[GateSpec, ...]).validate_python(job["gates"]),
         emit=emit,
+        exclusive=_exclusive(emit),
     )
     _configure_torch(job["threads"], job["device"], spec.heavy)
     inputs = [_artifact(reference) for reference in job["inputs"]]
@@ -135,15 +136,6 @@ def _do_evaluate(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     artifact = _artifact(job["artifact"])
     _configure_torch(job["threads"], job["device"], artifact.kind != "export")
 
-    @contextlib.contextmanager
-    def exclusive() -> Iterator[None]:
-        emit({"event": "measure"})
-        sys.stdin.buffer.readline()
-        try:
-            yield
-        finally:
-            emit({"event": "measured"})
-
     evaluate(
         artifact,
         task=job["task"],
@@ -156,10 +148,25 @@ def _do_evaluate(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         seed=job["seed"],
         tokenizer=Path(job["tokenizer"]),
         reference=Path(job["reference"]) if job["reference"] else None,
-        exclusive=exclusive,
+        exclusive=_exclusive(emit),
         emit=emit,
     )
     return {}
+
+
+def _exclusive(emit: Emit) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What asks the parent to let nothing else of the run compute, and says when that is over."""
+
+    @contextlib.contextmanager
+    def exclusive() -> Iterator[None]:
+        emit({"event": "measure"})
+        sys.stdin.buffer.readline()
+        try:
+            yield
+        finally:
+            emit({"event": "measured"})
+
+    return exclusive
 
 
 def _configure_torch(threads: int, device: str, needed: bool) -> None:

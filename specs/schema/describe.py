@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from specs.schema.base import Name, Needs, StepSpec
 from specs.schema.explain import keys_of, models_of
 from specs.schema.pipeline import KINDS
-from specs.schema.units import Bytes, Duration, LimitField, Share, in_units
+from specs.schema.units import Bytes, Duration, KeepField, LimitField, Share, in_units
 
 _WORDS: tuple[tuple[Any, str], ...] = (
     (Bytes, "size, e.g. 8 MiB"),
@@ -21,6 +21,7 @@ _WORDS: tuple[tuple[Any, str], ...] = (
     (Name, "name"),
     (Needs, "step or list of steps"),
     (LimitField, "number with its unit"),
+    (KeepField, "share, parameters or time, e.g. 50%, 5M or 8 ms"),
     (bool, "true or false"),
     (int, "whole number"),
     (float, "number"),

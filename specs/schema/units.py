@@ -229,6 +229,84 @@ def _written(limit: Limit) -> str:
     return f"{limit.number!r} {unit}".strip()
 
 
+PARAMETERS = {"k": 1e3, "M": 1e6, "B": 1e9, "parameters": 1.0}
+
+
+class Keep(tuple[float, Literal["share", "parameters", "seconds"]]):
+    """How much of a model stays: ``50%`` is ``(0.5, "share")``, ``5M`` is ``(5e6, "parameters")``, ``8 ms`` is
+    ``(0.008, "seconds")``."""
+
+    __slots__ = ()
+
+    @property
+    def number(self) -> float:
+        return self[0]
+
+    @property
+    def unit(self) -> Literal["share", "parameters", "seconds"]:
+        return self[1]
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            return f"{100 * self.number:g}%"
+        if self.unit == "seconds":
+            return str(Limit((self.number, "seconds")))
+        unit = next((unit for unit in ("B", "M", "k") if self.number >= PARAMETERS[unit]), "parameters")
+        return f"{self.number / PARAMETERS[unit]:g}{' ' if unit == 'parameters' else ''}{unit}"
+
+
+def parse_keep(value: Any) -> Keep:
+    """A share of the model, a number of parameters, or the time that a forward pass may take.
+
+    Raises:
+        ValueError: none of these, nothing or everything.
+    """
+    example = "50%, 5M or 8 ms"
+    if isinstance(value, Keep):
+        return value
+    number, unit = split_number(value, "a share, a number of parameters or a time", example)
+    if unit in ("", "%"):
+        share = number / 100 if unit == "%" else number
+        if not 0 < share < 1:
+            raise ValueError(
+                f"{value!r} is outside 0% to 100%, and neither of them prunes; write for example {example}"
+            )
+        return Keep((share, "share"))
+    scales = PARAMETERS if unit in PARAMETERS else SECONDS
+    if unit not in scales:
+        raise ValueError(f"{value!r}: unit {unit!r} is unknown; write for example {example}")
+    if number <= 0:
+        raise ValueError(f"{value!r} is not above 0; write for example {example}")
+    return Keep(
+        (_finite(number * scales[unit], "a target", example), "parameters" if unit in PARAMETERS else "seconds")
+    )
+
+
+def _kept(keep: Keep) -> str:
+    """As a spec would say it, so that what was dumped can be read again."""
+    unit = {"share": "", "parameters": "parameters", "seconds": "s"}[keep.unit]
+    return f"{keep.number!r} {unit}".strip()
+
+
+KeepField = Annotated[
+    Any,
+    BeforeValidator(parse_keep),
+    PlainSerializer(_kept, when_used="json-unless-none"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {
+                    "type": "string",
+                    "pattern": rf"^\s*[0-9.]+(e[+-]?[0-9]+)?\s*(%|{'|'.join(PARAMETERS)}|{_UNITS_OF_TIME})?\s*$",
+                },
+            ],
+            "description": "a share, a number of parameters or a time, for example 50%, 5M or 8 ms",
+        }
+    ),
+]
+
+
 LimitField = Annotated[
     Any,
     BeforeValidator(parse_limit),

@@ -1,4 +1,4 @@
-"""The step ``prune``: unstructured pruning by magnitude."""
+"""The step ``prune``: unstructured pruning by magnitude here, whole parts in ``structured`` and ``vocabulary``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
 from specs.schema.steps.prune import PruneSpec
+from tasks.compress import structured, vocabulary
 from tasks.compress.masks import magnitude_masks, quantiles, threshold_masks
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step
@@ -14,23 +15,48 @@ from tasks.registry import step
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tasks.models.applications import Family
+
 NO_GAIN = (
     "zeros alone make neither the file smaller nor the model faster on ordinary hardware: they are stored and "
     "multiplied like any other number; measure the later steps before relying on them"
 )
 
 
-def warn(spec: PruneSpec, config: Mapping[str, Any], task: Task, max_length: int) -> tuple[list[str], list[str]]:
+VARIANTS = {
+    "prune (width)": PruneSpec(uses="prune", id="width", method="width", keep="50%"),
+    "prune (depth)": PruneSpec(uses="prune", id="depth", method="depth", keep="50%"),
+    "prune (vocabulary)": PruneSpec(uses="prune", id="vocabulary", method="vocabulary"),
+}
+
+
+def check(spec: PruneSpec, config: Mapping[str, Any], task: Task, max_length: int) -> tuple[list[str], list[str]]:
     """What the plan says of pruning before it is done."""
-    return [], [NO_GAIN]
+    if spec.method in ("width", "depth"):
+        return structured.preflight(spec, config, task), []
+    return [], [] if spec.method == "vocabulary" else [NO_GAIN]
 
 
-@step(PruneSpec, libraries=("numpy", "tokenizers", "torch", "transformers"), preflight=warn)
+def refuses(spec: PruneSpec | None, family: Family, task: Task) -> str | None:
+    """Why a model of ``family`` cannot be pruned so for ``task``; None where it can."""
+    if spec is None:
+        return None
+    return vocabulary.refuses(task) if spec.method == "vocabulary" else structured.refuses(spec, family)
+
+
+@step(
+    PruneSpec,
+    libraries=("numpy", "tokenizers", "torch", "transformers"),
+    preflight=check,
+    refuses=refuses,
+    variants=VARIANTS,
+)
 def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
-    """Set the small weights of the linear layers to zero, and with ``recover`` train the others afterwards.
+    """Remove what the model needs least; see the spec for the methods.
 
-    The output head and weights shared with an embedding are left alone: they are the most sensitive ones. So are
-    convolutions, which hold few weights and make what everything behind them sees.
+    The methods that make zeros work on the linear layers. The output head and weights shared with an embedding are left
+    alone: they are the most sensitive ones. So are convolutions, which hold few weights and make what everything behind
+    them sees.
 
     Args:
         model: a Hugging Face folder.
@@ -38,8 +64,12 @@ def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
         ctx: where; with ``recover`` the device and the data too.
 
     Raises:
-        StepError: nothing or everything would become zero, or the training fails.
+        StepError: nothing or everything would go, the model cannot be cut so, or the training fails.
     """
+    if spec.method in ("width", "depth"):
+        return structured.prune_structure(model, spec, ctx)
+    if spec.method == "vocabulary":
+        return vocabulary.prune_vocabulary(model, spec, ctx)
     from tasks.models import load, save
 
     network = load(model.path)

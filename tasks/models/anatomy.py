@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from specs.schema.suggest import nearest
@@ -95,6 +96,7 @@ class Stack:
         name: the list that holds the blocks.
         width: of the vectors between the blocks.
         norm_first: whether blocks normalise what goes in, not what comes out.
+        positions: how it knows positions.
         norms: normalisations outside the blocks.
         embeddings: the tables of this stack, to what they hold: tokens, positions, types or relative positions.
         fields: what the configuration calls depth, width, heads, kv_heads, head_size, ffn and activation.
@@ -105,6 +107,7 @@ class Stack:
     blocks: tuple[Block, ...]
     width: int
     norm_first: bool
+    positions: Positions
     norms: tuple[str, ...]
     embeddings: Mapping[str, str]
     fields: Mapping[str, str]
@@ -123,6 +126,8 @@ class Anatomy:
         pooler: those between the last block and the head.
         front: modules that make frames of audio: convolutions and the projection behind them.
         front_layers: the linear layers among them.
+        inner: layers whose output no other layer sees but the one that is named for each, in the front and between the
+            last block and the output.
         ties: parameter to the parameter that it is.
     """
 
@@ -134,6 +139,7 @@ class Anatomy:
     pooler: tuple[str, ...]
     front: tuple[str, ...]
     front_layers: tuple[str, ...]
+    inner: Mapping[str, str]
     ties: Mapping[str, str]
 
     @property
@@ -199,6 +205,8 @@ class _Reader:
             pooler=within["pooler"],
             front=front,
             front_layers=within["front"],
+            inner={f"{self.base}{name}": f"{self.base}{next}" for name, next in self.pattern.inner.items()}
+            | dict(pairwise((*within["pooler"], *head))),
             ties=self.ties,
         )
 
@@ -218,6 +226,7 @@ class _Reader:
             blocks=tuple(self._block(f"{name}.{index}", index, pattern) for index in range(depth)),
             width=getattr(self.config, pattern.fields["width"]),
             norm_first=bool(getattr(self.config, first)) if isinstance(first, str) else first,
+            positions=pattern.positions,
             norms=self._present(at, pattern.norms),
             embeddings=self._tables(at, pattern.embeddings) | relative,
             fields=pattern.fields,

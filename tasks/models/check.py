@@ -164,13 +164,13 @@ def _from_config(model: ModelSpec, task: Task, data: DataSpec) -> ModelSummary:
         features_for(config)
     with torch.device("meta"):
         built = build_model(config, task)
-    count = _stored(built)
+    count = stored_parameters(built)
     tokenizer = _tokenizer(model.tokenizer) if model.tokenizer else f"{ABOUT[style]}, from the training data"
     described = {**config.to_dict(), "architectures": [type(built).__name__]}
     return ModelSummary(type(built).__name__, count, 4 * count, tokenizer, described)
 
 
-def _stored(model: nn.Module) -> int:
+def stored_parameters(model: nn.Module) -> int:
     """Numbers that the model's file will hold: weights that are shared once, and those that are computed not at all."""
     computed = getattr(model, "_keys_to_ignore_on_save", None) or ()
     kept = [parameter for name, parameter in model.named_parameters() if name not in computed]

@@ -81,6 +81,8 @@ class Pattern:
         embeddings: tables outside the stacks, relative to the model without its head, to what they hold.
         front: what makes frames of audio, convolutions and the projection behind them.
         pooler: what condenses an encoder's output for a classifier.
+        inner: layers whose output no other layer sees but the one that is named for each; relative to the model
+            without its head.
     """
 
     types: tuple[str, ...]
@@ -88,6 +90,7 @@ class Pattern:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     front: tuple[str, ...] = ()
     pooler: tuple[str, ...] = ()
+    inner: Mapping[str, str] = field(default_factory=dict)
 
 
 _BERT = Pattern(
@@ -263,6 +266,7 @@ _WHISPER = Pattern(
     types=("whisper",),
     stacks=(_bart_stack("encoder", True), _bart_stack("decoder", True)),
     front=("encoder.conv1", "encoder.conv2"),
+    inner={"encoder.conv1": "encoder.conv2"},
 )
 
 
