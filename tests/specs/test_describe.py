@@ -34,7 +34,7 @@ def test_every_field_is_documented(kind: str) -> None:
 def test_fields_in_plain_words() -> None:
     fields = {field.name: field for field in describe("prune").fields}
     assert fields["id"].default == "required"
-    assert fields["method"].type == "threshold | magnitude"
+    assert fields["method"].type == "threshold | magnitude | movement | wanda | sparsegpt"
     assert fields["method"].default == "magnitude"
     assert fields["sparsity"].type == "share, e.g. 50%"
     assert fields["recover"].type == f"mapping of {len(TrainingSpec.model_fields)} fields, see finetune"
