@@ -53,7 +53,8 @@ class Gradual:
         ramp: float,
         every: int | None,
     ) -> None:
-        self.names, self.by, self.sparsity, self.scope = names, by, sparsity, scope
+        self.names, self.by, self.sparsity = names, by, sparsity
+        self.scope: Literal["layer", "global"] = scope
         self.ramp, self.every = ramp, every
         self.first = self.last = self._period = 0
         self._kept: dict[str, Tensor] = {}

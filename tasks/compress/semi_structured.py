@@ -84,7 +84,7 @@ def accelerate(network: nn.Module, dtype: torch.dtype) -> tuple[tuple[str, ...],
             left[layer.name] = found
             continue
         outputs, inputs = layer.shape
-        fast = nn.Linear(inputs, outputs, bias=False, device="meta")
+        fast: Any = nn.Linear(inputs, outputs, bias=False, device="meta")
         fast.weight = nn.Parameter(found, requires_grad=False)
         fast.bias = getattr(layer.module, "bias", None)
         put(network, layer.name, fast)

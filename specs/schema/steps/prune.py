@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,9 +13,6 @@ from specs.schema.steps.finetune import TrainingSpec
 from specs.schema.units import Share
 
 Method = Literal["threshold", "magnitude", "movement", "wanda", "sparsegpt"]
-
-Pattern = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$")]
-"""``N:M``, see ``kept_of``."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,9 @@ class PruneSpec(StepSpec):
         examples=["50%"],
         description="share of the weights that become 0 (every method but threshold)",
     )
-    pattern: Pattern | None = Field(
+    pattern: str | None = Field(
         default=None,
+        pattern=r"^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$",
         examples=["2:4"],
         description="instead of sparsity, N:M keeps N of every M neighbouring inputs of an output, for example "
         '"2:4", which some GPUs compute faster; "1:4" is 75% zeros (magnitude, wanda, sparsegpt)',
