@@ -84,9 +84,8 @@ def trained(bench: Bench, steps: int, rate: float) -> Artifact:
     start = bench.context("start")
     import_model(spec=BaselineSpec(uses="model", id="baseline", model=bench.model), ctx=start)
     ctx = bench.context("dense")
-    spec = FinetuneSpec(
-        uses="finetune", id="dense", max_steps=steps, batch_size=32, learning_rate=rate, lr_scheduler="cosine"
-    )
+    training = {"max_steps": steps, "batch_size": 32, "learning_rate": rate, "lr_scheduler": "cosine"}
+    spec = FinetuneSpec.model_validate({"uses": "finetune", "id": "dense", "validation": 0.01, **training})
     print(finetune(as_artifact(start.out), spec=spec, ctx=ctx).summary, flush=True)
     return as_artifact(ctx.out)
 
