@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
@@ -50,6 +51,15 @@ def look(spec: PruneSpec, config: Mapping[str, Any], task: Task, max_length: int
     return [], [no_gain(spec.pattern)]
 
 
+@dataclass
+class _Notes:
+    """What the parts of the step have to say."""
+
+    summary: list[str] = field(default_factory=list)
+    properties: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
 @step(PruneSpec, libraries=("numpy", "tokenizers", "torch", "transformers"), preflight=look)
 def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
     """Set weights of the linear layers to zero, and with ``recover`` train the others afterwards or meanwhile.
@@ -74,28 +84,13 @@ def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
     _check_finite(layers)
     zeros_before = {layer.weight_name: int((layer.weight == 0).sum()) for layer in layers}
     kept = plan(layers, spec)
-    properties: dict[str, Any] = {}
-    warnings: list[str] = []
+    notes = _Notes()
     if spec.method in ("wanda", "sparsegpt"):
-        kept, properties, warnings = _calibrated(network, layers, model, spec, ctx)
+        kept = _calibrated(network, layers, model, spec, ctx, notes)
     if not spec.gradual:
         apply(network, kept)
-    trained = None
     if spec.recover is not None:
-        from tasks.compress.gradual import Gradual
-        from tasks.finetune import finetune
-        from tasks.finetune.loop import train
-        from tasks.finetune.masks import Fixed
-
-        masks: Any = Fixed(kept)
-        if spec.gradual:
-            by = "movement" if spec.method == "movement" else "magnitude"
-            masks = Gradual(tuple(kept), by, spec.sparsity or 0.0, spec.scope, spec.ramp, spec.mask_steps)
-        trained = train(network, finetune.training_data(network, model, ctx), spec.recover, ctx, masks=masks)
-        kept = {name: mask.cpu() for name, mask in trained.kept.items()}
-        properties |= finetune.properties(trained)
-        warnings += finetune.warnings(trained)
-    network.to("cpu")
+        kept = _trained(network, kept, model, spec, ctx, notes)
     lost = [name for name, mask in kept.items() if bool((network.get_parameter(name).detach()[~mask] != 0).any())]
     if lost:
         raise RuntimeError(f"pruned weights of {', '.join(lost)} are not 0")
@@ -104,20 +99,18 @@ def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
     _check_effect(layers, total - sum(zeros.values()), sum(zeros_before.values()), spec)
     share = sum(zeros.values()) / total
     summary = f"zeroed {share:.1%} of {total} weights in {len(kept)} linear layers ({spec.method}, {_setting(spec)})"
-    if trained is not None:
-        from tasks.finetune import finetune
-
-        summary += f"; {finetune.summary(trained)}"
     gains, measured = _gain(network, layers, spec, ctx)
     empty = [name for name, mask in kept.items() if not bool(mask.any())]
     if empty:
-        warnings.append(f"{len(empty)} layers have no weight left, first {empty[0]}; prune less, or use scope: layer")
+        notes.warnings.append(
+            f"{len(empty)} layers have no weight left, first {empty[0]}; prune less, or use scope: layer"
+        )
     save(network, ctx.out, tokenizer_from=model.path)
     return StepResult(
         kind="model",
         touched=tuple(name for name in kept if zeros[name] > zeros_before[name]),
         left=left,
-        summary=summary,
+        summary="; ".join((summary, *notes.summary)),
         properties={
             "sparsity": share,
             "zeros": sum(zeros.values()),
@@ -125,10 +118,10 @@ def prune(model: Artifact, *, spec: PruneSpec, ctx: StepContext) -> StepResult:
             "prunable_weights": total,
             "layer_sparsity": {name: zeros[name] / mask.numel() for name, mask in kept.items()},
             **({"pattern": spec.pattern} if spec.pattern else {}),
-            **properties,
+            **notes.properties,
             **measured,
         },
-        warnings=(*gains, *warnings),
+        warnings=(*gains, *notes.warnings),
     )
 
 
@@ -218,9 +211,9 @@ def no_gain(pattern: str | None) -> str:
 
 
 def _calibrated(
-    network: nn.Module, layers: list[LinearLayer], model: Artifact, spec: PruneSpec, ctx: StepContext
-) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Prune by data, in place: the masks, what is recorded, and what the user should know."""
+    network: nn.Module, layers: list[LinearLayer], model: Artifact, spec: PruneSpec, ctx: StepContext, notes: _Notes
+) -> dict[str, Tensor]:
+    """Prune by data, in place; the masks."""
     from tasks.compress.calibrate import sample
     from tasks.compress.calibrated import by_sparsegpt, by_wanda, prune_by_data
 
@@ -236,12 +229,35 @@ def _calibrated(
     named = {layer.name: layer for layer in layers}
     masks, vectors = prune_by_data(network, named, data, rule, device=ctx.device, progress=ctx.progress)
     network.to("cpu")
+    notes.properties |= {"calibration_examples": len(data), "calibration_vectors": vectors}
     widest = max(layer.shape[1] for layer in layers)
-    warnings = []
     if spec.method == "sparsegpt" and vectors < widest:
-        warnings.append(f"{vectors} calibration vectors are few for layers of up to {widest} inputs; raise samples")
-    masks = {name: mask.cpu() for name, mask in masks.items()}
-    return masks, {"calibration_examples": len(data), "calibration_vectors": vectors}, warnings
+        notes.warnings.append(
+            f"{vectors} calibration vectors are few for layers of up to {widest} inputs; raise samples"
+        )
+    return {name: mask.cpu() for name, mask in masks.items()}
+
+
+def _trained(
+    network: nn.Module, kept: Kept, model: Artifact, spec: PruneSpec, ctx: StepContext, notes: _Notes
+) -> dict[str, Tensor]:
+    """Train with what is not kept as zeros, or with zeros that come meanwhile; the masks at the end."""
+    from tasks.compress.gradual import Gradual
+    from tasks.finetune import finetune
+    from tasks.finetune.loop import train
+    from tasks.finetune.masks import Fixed, Masks
+
+    assert spec.recover is not None
+    masks: Masks = Fixed(kept)
+    if spec.gradual:
+        by = "movement" if spec.method == "movement" else "magnitude"
+        masks = Gradual(tuple(kept), by, spec.sparsity or 0.0, spec.scope, spec.ramp, spec.mask_steps)
+    trained = train(network, finetune.training_data(network, model, ctx), spec.recover, ctx, masks=masks)
+    network.to("cpu")
+    notes.summary.append(finetune.summary(trained))
+    notes.properties |= finetune.properties(trained)
+    notes.warnings += finetune.warnings(trained)
+    return {name: mask.cpu() for name, mask in trained.kept.items()}
 
 
 def _gain(
