@@ -46,7 +46,9 @@ def by_wanda(sparsity: float | None, pattern: tuple[int, int] | None) -> Rule:
     return Rule(lambda x: x.square().sum(0), prune)
 
 
-def by_sparsegpt(sparsity: float | None, pattern: tuple[int, int] | None, block: int, damping: float) -> Rule:
+def by_sparsegpt(
+    sparsity: float | None, pattern: tuple[int, int] | None, block: int | None = None, damping: float = 0.01
+) -> Rule:
     """SparseGPT; see ``tasks.compress.sparsegpt``."""
 
     def prune(weight: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def test_pruning_again_to_the_same_sparsity_is_refused():
 def test_apply_zeroes_the_dropped_and_nothing_else():
     model = tiny.network("gpt2")
     before = copy.deepcopy(model.state_dict())
-    masks = plan(prunable_layers(model)[0], PruneSpec(uses="prune", id="p", sparsity="70%", scope="global"))
+    masks = plan(prunable_layers(model)[0], PruneSpec(uses="prune", id="p", sparsity=0.7, scope="global"))
     apply(model, masks)
     for name, tensor in model.state_dict().items():
         expected = before[name] * masks[name] if name in masks else before[name]

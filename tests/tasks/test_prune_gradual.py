@@ -28,7 +28,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def gradual(model, by="magnitude", sparsity=0.5, scope="layer", ramp=0.6, every=2) -> Gradual:
+def gradual(model, by: Any = "magnitude", sparsity=0.5, scope: Any = "layer", ramp=0.6, every=2) -> Gradual:
     return Gradual(tuple(prunable(model)[0]), by, sparsity, scope, ramp, every)
 
 

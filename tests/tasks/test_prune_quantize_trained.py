@@ -110,14 +110,14 @@ def test_recovery_wins_back_what_pruning_lost_and_keeps_the_zeros(trained):
 
 
 @pytest.mark.parametrize("amount", [{"sparsity": "60%"}, {"pattern": "2:4"}])
-def test_what_data_decides_costs_less_than_what_magnitude_decides(trained, amount):
+def test_sparsegpt_costs_less_than_magnitude_and_wanda(trained, amount):
     artifact, _, context = trained
     ends = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
         ctx = context(f"{method}-{next(iter(amount))}")
         prune(artifact, spec=PruneSpec(uses="prune", id="p", method=method, **amount), ctx=ctx)
         ends[method] = _perplexity(ctx.out, ctx)
-    assert ends["sparsegpt"] < ends["wanda"] < ends["magnitude"]
+    assert ends["sparsegpt"] < 0.98 * min(ends["wanda"], ends["magnitude"])
 
 
 def test_int8_keeps_the_perplexity_and_shrinks_the_file(trained):

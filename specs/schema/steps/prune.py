@@ -107,10 +107,12 @@ class PruneSpec(StepSpec):
     damping: float = Field(
         default=0.01, gt=0, lt=10, description="sparsegpt: share of the mean of the Hessian's diagonal added to it"
     )
-    block_size: int = Field(
-        default=128,
+    block_size: int | None = Field(
+        default=None,
         gt=0,
-        description="sparsegpt: inputs whose weights are chosen together, before the next are updated",
+        examples=["128"],
+        description="sparsegpt: inputs whose weights are chosen together before the next ones are updated; default: an "
+        "eighth of a layer's inputs, at most 128",
     )
     recover: TrainingSpec | None = Field(
         default=None,
