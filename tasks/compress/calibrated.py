@@ -65,7 +65,7 @@ def prune_by_data(
     *,
     device: str = "cpu",
     progress: Callable[[float, float, str], None] | None = None,
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Prune ``layers`` in place. The inputs of a block are those that the blocks pruned before it give.
 
     Args:
@@ -76,7 +76,7 @@ def prune_by_data(
         progress: called with blocks done, blocks in all, and ``blocks``.
 
     Returns:
-        The masks by parameter name, in the shapes of the parameters; and the fewest vectors that came into a layer.
+        The masks by parameter name, in the shapes of the parameters; and how many vectors came into each layer.
 
     Raises:
         StepError: the parts of the model are not described, or what comes into a layer is not finite.
@@ -112,4 +112,4 @@ def prune_by_data(
             masks[layer.weight_name] = kept if layer.kind == "linear" else kept.T
 
     walk(network, frozenset(layers), data, see, change, device=device, progress=progress)
-    return masks, min(vectors.values())
+    return masks, vectors

@@ -229,12 +229,11 @@ def _calibrated(
     named = {layer.name: layer for layer in layers}
     masks, vectors = prune_by_data(network, named, data, rule, device=ctx.device, progress=ctx.progress)
     network.to("cpu")
-    notes.properties |= {"calibration_examples": len(data), "calibration_vectors": vectors}
-    widest = max(layer.shape[1] for layer in layers)
-    if spec.method == "sparsegpt" and vectors < widest:
-        notes.warnings.append(
-            f"{vectors} calibration vectors are few for layers of up to {widest} inputs; raise samples"
-        )
+    notes.properties |= {"calibration_examples": len(data), "calibration_vectors": max(vectors.values())}
+    few = [layer for layer in layers if vectors[layer.name] < layer.shape[1]]
+    if few and spec.method == "sparsegpt":
+        first = f"{few[0].name}: {vectors[few[0].name]} vectors for {few[0].shape[1]} inputs"
+        notes.warnings.append(f"too few calibration examples for {len(few)} layers ({first}); raise samples")
     return {name: mask.cpu() for name, mask in masks.items()}
 
 

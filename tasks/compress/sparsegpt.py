@@ -37,8 +37,8 @@ def sparsegpt(
         sparsity: share of the weights that becomes 0; or
         pattern: (N, M): N of every M neighbours in a row are kept.
         block: columns whose mask is chosen together without a pattern, and whose updates reach the columns behind them
-            together; rounded up to a multiple of M with one. None for an eighth of the columns and at most the paper's
-            128: where there are few columns, a mask that follows the updates errs less.
+            together; rounded up to a multiple of M with one. None for an eighth of the columns, 16 to the paper's 128:
+            where there are few columns, a mask that follows the updates errs less.
         damping: share of the mean of the Hessian's diagonal that is added to it.
 
     Returns:
@@ -61,7 +61,7 @@ def sparsegpt(
         cost = torch.where(dead[start:end], -1 / (1 + work[:, start:end].abs()), cost)
         return cost.masked_fill(~born[:, start:end], float("-inf"))
 
-    block = block or max(1, min(128, columns // 8))
+    block = block or min(128, max(16, columns // 8))
     if pattern is not None:
         block = -(-block // pattern[1]) * pattern[1]
     for start in range(0, columns, block):

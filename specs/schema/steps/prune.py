@@ -112,7 +112,7 @@ class PruneSpec(StepSpec):
         gt=0,
         examples=["128"],
         description="sparsegpt: inputs whose weights are chosen together before the next ones are updated; default: an "
-        "eighth of a layer's inputs, at most 128",
+        "eighth of a layer's inputs, 16 to 128",
     )
     recover: TrainingSpec | None = Field(
         default=None,
