@@ -182,8 +182,8 @@ def test_few_vectors_for_many_inputs_are_a_warning(text_data, llama, tmp_path):
     ctx = context(tmp_path, "text-generation", data)
     result = prune(as_artifact(llama), spec=spec("sparsegpt", sparsity=0.5, samples=1), ctx=ctx)
     assert result.warnings[1].startswith("too few calibration examples for ")
-    assert "layers.0.self_attn.q_proj: " in result.warnings[1]
-    assert result.warnings[1].endswith(" vectors for 32 inputs); raise samples")
+    assert "layers.0.mlp.down_proj: " in result.warnings[1]
+    assert result.warnings[1].endswith(" vectors for 64 inputs); raise samples")
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_known_before():
