@@ -223,7 +223,7 @@ def _calibrated(
     else:
         rule = by_sparsegpt(spec.sparsity, pattern, spec.block_size, spec.damping)
     ctx.note("encoding the training data")
-    data = sample(model, spec.samples, ctx)
+    data = sample(model, spec.calibration_examples, ctx)
     ctx.note("pruning block by block")
     network.to(ctx.device)
     named = {layer.name: layer for layer in layers}
@@ -233,7 +233,9 @@ def _calibrated(
     few = [layer for layer in layers if vectors[layer.name] < layer.shape[1]]
     if few and spec.method == "sparsegpt":
         first = f"{few[0].name}: {vectors[few[0].name]} vectors for {few[0].shape[1]} inputs"
-        notes.warnings.append(f"too few calibration examples for {len(few)} layers ({first}); raise samples")
+        notes.warnings.append(
+            f"too few calibration examples for {len(few)} layers ({first}); raise calibration_examples"
+        )
     return {name: mask.cpu() for name, mask in masks.items()}
 
 

@@ -98,6 +98,6 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     if int(failed):
         raise StepError(
             f"the Hessian of a layer is not positive definite with damping {damping:g}; raise damping, for example to "
-            f"{10 * damping:g}, or samples"
+            f"{10 * damping:g}, or calibration_examples"
         )
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float(), dead

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=128, help="calibration examples")
+    parser.add_argument("--examples", type=int, default=128, help="calibration examples")
     parser.add_argument("--windows", type=int, default=400, help="evaluation windows of 64 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -126,7 +126,7 @@ def main() -> None:
                 runs, seconds = [], []
                 for seed in range(1 if method == "magnitude" else given.seeds):
                     ctx = bench.context(f"{method}-{'-'.join(amount.values()).replace(':', '')}-{seed}", seed)
-                    extra = {} if method == "magnitude" else {"samples": given.samples}
+                    extra = {} if method == "magnitude" else {"calibration_examples": given.examples}
                     spec = PruneSpec.model_validate({"uses": "prune", "id": "p", "method": method, **amount, **extra})
                     began = time.perf_counter()
                     prune(dense, spec=spec, ctx=ctx)

@@ -12,9 +12,9 @@ from tests.flows.conftest import Project
 STEPS = """
 steps:
   - {id: base, uses: finetune, max_steps: 4, batch_size: 16, learning_rate: 1e-3, evaluate: false}
-  - {id: wanda, uses: prune, method: wanda, pattern: "2:4", samples: 8, evaluate: false}
+  - {id: wanda, uses: prune, method: wanda, pattern: "2:4", calibration_examples: 8, evaluate: false}
   - {id: tuned, uses: finetune, max_steps: 3, batch_size: 16, learning_rate: 1e-3}
-  - {id: surgery, uses: prune, method: sparsegpt, sparsity: 60%, samples: 8, needs: base, evaluate: false}
+  - {id: surgery, uses: prune, method: sparsegpt, sparsity: 60%, calibration_examples: 8, needs: base, evaluate: false}
   - {id: moved, uses: prune, method: movement, sparsity: 70%, needs: base, evaluate: false,
      recover: {max_steps: 6, batch_size: 16, learning_rate: 1e-3}}
 """

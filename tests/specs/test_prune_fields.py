@@ -24,7 +24,7 @@ VALUES: dict[str, Any] = {
     "schedule": "cubic",
     "ramp": 0.5,
     "mask_steps": 3,
-    "samples": 4,
+    "calibration_examples": 4,
     "damping": 0.1,
     "block_size": 8,
     "recover": {"epochs": 1},

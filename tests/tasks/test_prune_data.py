@@ -108,7 +108,7 @@ def test_the_step_prunes_every_application_and_twice_the_same(request, tmp_path,
     folder, ends = request.getfixturevalue(family), []
     for name in ("a", "b"):
         ctx = context(tmp_path / name, task, data, store=tmp_path / "store")
-        result = prune(as_artifact(folder), spec=spec(method, pattern="2:4", samples=8), ctx=ctx)
+        result = prune(as_artifact(folder), spec=spec(method, pattern="2:4", calibration_examples=8), ctx=ctx)
         ends.append((ctx.out / "model.safetensors").read_bytes())
     assert ends[0] == ends[1]
     weights, left = prunable(load(ctx.out))
@@ -180,10 +180,10 @@ def test_no_examples_to_calibrate_with(monkeypatch, text_data, llama, tmp_path):
 def test_few_vectors_for_many_inputs_are_a_warning(text_data, llama, tmp_path):
     data = text_data.model_copy(update={"train_limit": 2})
     ctx = context(tmp_path, "text-generation", data)
-    result = prune(as_artifact(llama), spec=spec("sparsegpt", sparsity=0.5, samples=1), ctx=ctx)
+    result = prune(as_artifact(llama), spec=spec("sparsegpt", sparsity=0.5, calibration_examples=1), ctx=ctx)
     assert result.warnings[1].startswith("too few calibration examples for ")
     assert "layers.0.mlp.down_proj: " in result.warnings[1]
-    assert result.warnings[1].endswith(" vectors for 64 inputs); raise samples")
+    assert result.warnings[1].endswith(" vectors for 64 inputs); raise calibration_examples")
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_known_before():

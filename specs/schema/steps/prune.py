@@ -37,8 +37,8 @@ FIELDS: Mapping[Method, MethodFields] = {
     "threshold": MethodFields((("threshold",),), ("recover",)),
     "magnitude": MethodFields((("sparsity", "pattern"),), ("scope", "schedule", "ramp", "mask_steps", "recover")),
     "movement": MethodFields((("sparsity",), ("recover",)), ("scope", "ramp", "mask_steps")),
-    "wanda": MethodFields((("sparsity", "pattern"),), ("samples", "recover")),
-    "sparsegpt": MethodFields((("sparsity", "pattern"),), ("samples", "damping", "block_size", "recover")),
+    "wanda": MethodFields((("sparsity", "pattern"),), ("calibration_examples", "recover")),
+    "sparsegpt": MethodFields((("sparsity", "pattern"),), ("calibration_examples", "damping", "block_size", "recover")),
 }
 
 _EXAMPLES: Mapping[str, str] = {
@@ -103,7 +103,9 @@ class PruneSpec(StepSpec):
         examples=["10"],
         description="cubic: optimiser steps between new masks; default: a hundredth of the rise",
     )
-    samples: int = Field(default=128, gt=0, description="training examples that calibrate (wanda, sparsegpt)")
+    calibration_examples: int = Field(
+        default=128, gt=0, description="training examples that the layers are shown (wanda, sparsegpt)"
+    )
     damping: float = Field(
         default=0.01, gt=0, lt=10, description="sparsegpt: share of the mean of the Hessian's diagonal added to it"
     )
