@@ -1,4 +1,4 @@
-"""Which weights pruning keeps: plain functions from weights to masks."""
+"""Which weights pruning keeps: plain functions from scores to masks. True is kept."""
 
 from __future__ import annotations
 
@@ -30,32 +30,75 @@ def magnitude_masks(
         sparsity: share of the weights that is not kept, 0 to 1.
         scope: whether the share holds in every tensor or over all of them.
     """
+    masks = score_masks({name: weight.abs() for name, weight in weights.items()}, sparsity, scope)
+    return {name: mask & (weights[name] != 0) for name, mask in masks.items()}
+
+
+def score_masks(scores: Mapping[str, Tensor], sparsity: float, scope: Literal["layer", "global"]) -> dict[str, Tensor]:
+    """True for all but exactly ``round(sparsity * n)`` lowest of ``n`` scores, of each tensor or of all together; of
+    equal scores the first go first."""
     import torch
 
     if scope == "layer":
-        return {
-            name: _keep_largest(weight.abs().flatten(), sparsity).view(weight.shape) for name, weight in weights.items()
-        }
-    if not weights:
+        return {name: _all_but_lowest(score.flatten(), sparsity).view(score.shape) for name, score in scores.items()}
+    if not scores:
         return {}
-    flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
-    parts = _keep_largest(flat, sparsity).split([weight.numel() for weight in weights.values()])
-    return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    parts = _all_but_lowest(flat, sparsity).split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
-def _keep_largest(magnitude: Tensor, sparsity: float) -> Tensor:
-    """A mask [n] over magnitudes [n]. Selection instead of sorting: linear in n, and no index for every weight."""
+def _all_but_lowest(score: Tensor, sparsity: float) -> Tensor:
+    """A mask [n] over scores [n]. Selection instead of sorting: linear in n, and no index for every score."""
     import torch
 
-    count = round(sparsity * magnitude.numel())
-    keep = magnitude != 0
+    count = round(sparsity * score.numel())
     if count == 0:
-        return keep
-    limit = torch.kthvalue(magnitude, count).values
-    keep &= magnitude >= limit
-    ties = torch.nonzero(magnitude == limit).flatten()
-    keep[ties[: count - int((magnitude < limit).sum())]] = False
+        return torch.ones_like(score, dtype=torch.bool)
+    limit = torch.kthvalue(score, count).values
+    keep = score >= limit
+    ties = torch.nonzero(score == limit).flatten()
+    keep[ties[: count - int((score < limit).sum())]] = False
     return keep
+
+
+def row_mask(score: Tensor, weight: Tensor, zeros: int) -> Tensor:
+    """True for all but the ``zeros`` lowest scores of each row; of equal scores the smaller weight goes first.
+
+    Args:
+        score: [rows, columns].
+        weight: [rows, columns]; what is 0 already is never kept.
+        zeros: of each row.
+    """
+    import torch
+
+    by_weight = weight.abs().argsort(dim=1, stable=True)
+    by_score = score.gather(1, by_weight).argsort(dim=1, stable=True)
+    lowest = by_weight.gather(1, by_score)[:, :zeros]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, lowest, False) & (weight != 0)
+
+
+def pattern_mask(score: Tensor, weight: Tensor, kept: int, of: int) -> Tensor:
+    """True for the ``kept`` highest scores of every ``of`` neighbours in a row (N:M; Zhou et al., 2102.04010).
+
+    Args:
+        score: [rows, columns].
+        weight: [rows, columns]; what is 0 already is never kept.
+        kept: N.
+        of: M; the columns are a multiple of it.
+    """
+    groups = row_mask(score.reshape(-1, of), weight.reshape(-1, of), of - kept)
+    return groups.reshape(weight.shape)
+
+
+def wanda_score(weight: Tensor, squares: Tensor) -> Tensor:
+    """``|W_ij| · ‖x_j‖₂`` (Sun et al., 2306.11695), to be compared within a row.
+
+    Args:
+        weight: [out, in].
+        squares: sum of the squares of each input over the calibration data, [in].
+    """
+    return weight.abs() * squares.sqrt()
 
 
 def quantiles(weights: Mapping[str, Tensor]) -> dict[float, float]:

@@ -37,7 +37,7 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
         touched=tuple(name for name, parameter in network.named_parameters() if parameter.requires_grad),
         left={name: "frozen" for name, parameter in network.named_parameters() if not parameter.requires_grad},
         summary=summary(trained),
-        properties=properties(trained),
+        properties=properties(trained) | {"zeros_kept": zeros_kept(trained)},
         warnings=warnings(trained),
     )
 
@@ -68,7 +68,14 @@ def summary(trained: Trained) -> str:
     if progress.best_loss is not None:
         text += f", validation loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         text += f", best at step {progress.best_step}"
+    if zeros := zeros_kept(trained):
+        text += f", kept {zeros} zeros in {len(trained.kept)} layers"
     return text
+
+
+def zeros_kept(trained: Trained) -> int:
+    """How many weights stayed 0 because they were pruned."""
+    return sum(int((~mask).sum()) for mask in trained.kept.values())
 
 
 def properties(trained: Trained) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tasks.context import StepContext, StepError
 from tasks.data.encoded import Encoded
 from tasks.finetune import checkpoints
 from tasks.finetune.batches import Batches
+from tasks.finetune.masks import Fixed, Kept, Masks, zero, zero_gradients, zeros_of
 from tasks.finetune.objective import Loss, check, task_loss, weights_of_classes
 
 if TYPE_CHECKING:
@@ -58,11 +59,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What ``train`` did: the final ``Progress``, trained parameters, and what the user should know."""
+    """What ``train`` did: the final ``Progress``, trained parameters, the masks that held at the end, and what the user
+    should know."""
 
     progress: Progress
     parameters: int
     precision: str
+    kept: Kept = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -73,7 +76,7 @@ def train(
     ctx: StepContext,
     *,
     loss: Loss | None = None,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Masks | None = None,
 ) -> Trained:
     """Train ``model`` in place and leave the weights of the lowest validation loss in it, in float32 and eval mode.
 
@@ -89,19 +92,21 @@ def train(
         ctx: device, seed, checkpoints, metrics and progress.
         loss: what is minimised; default: the loss of ``ctx.task``. Validation always uses the latter, unsmoothed.
             The metric ``tokens_per_second`` counts what is written where the task writes, else what is read.
-        masks: parameter name to a mask of its shape, True where the weight is kept; the others are 0 and stay 0.
+        masks: which weights are kept, the others are 0; default: with ``keep_zeros`` what is 0 in ``model`` stays 0.
+            Validations count from where the masks are the last ones, so that the best weights have the final zeros.
 
     Raises:
         StepError: the data is empty, the precision is not to be had on the device, or the loss is not finite.
     """
     if len(data) == 0:
         raise StepError("data.train has no examples; check its path, its fields and train_limit")
-    training = _prepare(model, data, spec, ctx, loss, masks or {})
+    if masks is None:
+        masks = Fixed(zeros_of(model) if spec.keep_zeros else {})
+    training = _prepare(model, data, spec, ctx, loss, masks)
     batches = training.batches
-    progress = Progress(
-        total=spec.max_steps or max(1, math.ceil((spec.epochs or 1) * batches.steps_per_epoch)),
-        steps_per_epoch=batches.steps_per_epoch,
-    )
+    total = spec.max_steps or max(1, math.ceil((spec.epochs or 1) * batches.steps_per_epoch))
+    progress = Progress(total=total, steps_per_epoch=batches.steps_per_epoch)
+    training.kept.update(masks.start(training.weights, total, int(spec.warmup * total)))
     best: dict[str, Tensor] = {}
     warnings = [*training.warnings, *_resume(training, progress, best, ctx)]
     every = min(spec.eval_steps or max(1, batches.steps_per_epoch // 4), progress.total)
@@ -138,7 +143,7 @@ def train(
         progress.best_step = progress.step
     model.eval()
     parameters = sum(parameter.numel() for parameter in training.weights.values())
-    return Trained(progress, parameters, training.precision, tuple(warnings))
+    return Trained(progress, parameters, training.precision, training.kept, tuple(warnings))
 
 
 def schedule(step: int, total: int, warmup: float, kind: str) -> float:
@@ -157,12 +162,13 @@ def schedule(step: int, total: int, warmup: float, kind: str) -> float:
 
 @dataclass(frozen=True)
 class _Training:
-    """What stays the same throughout one training; ``weights`` are the trained parameters, ``kept`` their masks,
-    ``tokens`` those of each example."""
+    """What stays the same throughout one training, but for what ``kept`` holds: the masks of the last optimiser step.
+    ``weights`` are the trained parameters, ``tokens`` those of each example."""
 
     model: nn.Module
     weights: Mapping[str, nn.Parameter]
-    kept: Mapping[str, Tensor]
+    masks: Masks
+    kept: dict[str, Tensor]
     batches: Batches
     spec: TrainingSpec
     objective: Loss
@@ -190,7 +196,7 @@ def _prepare(
     spec: TrainingSpec,
     ctx: StepContext,
     loss: Loss | None,
-    masks: Mapping[str, Tensor],
+    masks: Masks,
 ) -> _Training:
     import torch
 
@@ -201,16 +207,14 @@ def _prepare(
     precision = _precision(spec.precision, ctx.device)
     model.float().to(ctx.device)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, mask in masks.items():
-        if name not in weights or weights[name].shape != mask.shape:
-            raise ValueError(f"mask {name!r} of shape {tuple(mask.shape)} fits no trained parameter")
     examples = spec.batch_size * spec.gradient_accumulation_steps
     counts = weights_of_classes(data, spec)
     written = data.target_mask
     return _Training(
         model=model,
         weights=weights,
-        kept={name: mask.to(ctx.device) for name, mask in masks.items()},
+        masks=masks,
+        kept={},
         batches=Batches(data, spec.validation, examples, ctx.seed, ctx.device, spec.sampling),
         spec=spec,
         objective=loss or task_loss(ctx.task, family, label_smoothing=spec.label_smoothing, class_weights=counts),
@@ -250,17 +254,17 @@ def _update(training: _Training, progress: Progress, seed: int) -> _Update:
     if not math.isfinite(mean):
         raise _diverged(f"the training loss is {mean}", step, spec, training.precision)
     scaler.unscale_(training.optimizer)
-    for name, parameter in training.weights.items():
+    for parameter in training.weights.values():
         if parameter.grad is not None:
             parameter.grad.mul_(tokens / (weight or 1.0))
-            if name in training.kept:
-                parameter.grad.masked_fill_(~training.kept[name], 0)
+    training.kept.update(training.masks.at(step, training.weights))
+    zero_gradients(training.weights, training.kept)
     norm = float(torch.nn.utils.clip_grad_norm_(training.weights.values(), spec.max_grad_norm))
     if not math.isfinite(norm) and not scaler.is_enabled():
         raise _diverged(f"the norm of the gradient is {norm}", step, spec, training.precision)
     scaler.step(training.optimizer)
     scaler.update()
-    _zero(training)
+    zero(training.weights, training.kept)
     return _Update(mean, norm, rate, tokens)
 
 
@@ -281,6 +285,8 @@ def _validate(training: _Training, progress: Progress, best: dict[str, Tensor], 
     ctx.metric("validation_loss", value, progress.step)
     if progress.first_loss is None:
         progress.first_loss = value
+    if not training.masks.settled(progress.step):
+        return
     if progress.best_loss is None or value < progress.best_loss:
         progress.best_loss, progress.best_step, progress.stale = value, progress.step, 0
         best.update({name: tensor.detach().cpu().clone() for name, tensor in _state(training.model).items()})
@@ -295,6 +301,7 @@ def _save(training: _Training, progress: Progress, best: Mapping[str, Tensor], c
     for name, parameter in training.weights.items():
         slots = training.optimizer.state.get(parameter, {})
         tensors |= {f"optimizer.{name}.{slot}": value for slot, value in slots.items()}
+    tensors |= {f"masks.{name}": tensor for name, tensor in training.masks.tensors().items()}
     checkpoints.save(ctx.checkpoints, progress.step, tensors, vars(progress))
 
 
@@ -302,7 +309,7 @@ def _resume(training: _Training, progress: Progress, best: dict[str, Tensor], ct
     """Continue from the newest whole checkpoint; what was wrong with newer ones."""
     found, damaged = checkpoints.load_latest(ctx.checkpoints)
     if found is not None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "masks": {}}
         for name, tensor in found.tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
@@ -312,13 +319,14 @@ def _resume(training: _Training, progress: Progress, best: dict[str, Tensor], ct
             owner, _, slot = name.rpartition(".")
             parameter = training.weights[owner]
             training.optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
+        training.kept.update(training.masks.restore(parts["masks"]))
         for name, value in found.state.items():
             setattr(progress, name, value)
         if progress.scaler:
             training.scaler.load_state_dict(progress.scaler)
         ctx.note(f"continued from step {progress.step} of {progress.total}")
     checkpoints.discard_after(ctx.checkpoints, progress.step)
-    _zero(training)
+    zero(training.weights, training.kept)
     return damaged
 
 
@@ -346,15 +354,6 @@ def _load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in _state(model).items():
             tensor.copy_(tensors[name])
-
-
-def _zero(training: _Training) -> None:
-    """Set what the masks do not keep to 0. Their gradients are 0, so that the optimiser's state of them is too."""
-    import torch
-
-    with torch.no_grad():
-        for name, mask in training.kept.items():
-            training.weights[name].masked_fill_(~mask, 0)
 
 
 def _precision(asked: str, device: str) -> str:

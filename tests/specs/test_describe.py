@@ -34,7 +34,8 @@ def test_every_field_is_documented(kind: str) -> None:
 def test_fields_in_plain_words() -> None:
     fields = {field.name: field for field in describe("prune").fields}
     assert fields["id"].default == "required"
-    assert fields["method"].type == "threshold | magnitude | width | depth | vocabulary"
+    methods = "threshold | magnitude | movement | wanda | sparsegpt | width | depth | vocabulary"
+    assert fields["method"].type == methods
     assert fields["method"].default == "magnitude"
     assert fields["sparsity"].type == "share, e.g. 50%"
     assert fields["recover"].type == f"mapping of {len(TrainingSpec.model_fields)} fields, see finetune"

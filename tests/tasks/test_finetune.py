@@ -17,6 +17,7 @@ from tasks.finetune import checkpoints
 from tasks.finetune.batches import Batches, epoch_order, hold_out
 from tasks.finetune.finetune import summary
 from tasks.finetune.loop import schedule, train
+from tasks.finetune.masks import Fixed
 from tasks.finetune.objective import task_loss
 from tests.tasks import tiny
 
@@ -189,7 +190,7 @@ def test_masked_weights_and_their_optimiser_state_stay_zero(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     masks = {name: torch.rand(model.get_parameter(name).shape) < 0.5}
     spec = SPEC.model_copy(update={"save_every": 0.0, "validation": 0.0})
-    train(model, tiny.language(), spec, tiny.context(tmp_path), masks=masks)
+    train(model, tiny.language(), spec, tiny.context(tmp_path), masks=Fixed(masks))
     weight = model.get_parameter(name)
     assert torch.all(weight[~masks[name]] == 0)
     assert torch.all(weight[masks[name]] != 0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from specs.schema.steps.prune import PruneSpec
 from tasks.compress.masks import magnitude_masks, quantiles, threshold_masks
-from tasks.compress.prune import apply, plan, prunable
+from tasks.compress.unstructured import apply, plan, prunable, prunable_layers
 from tasks.context import StepError
 from tests.tasks import tiny
 
@@ -74,30 +74,29 @@ def test_the_inside_is_pruned_and_the_head_is_left_with_the_reason(kind, tied):
     ],
 )
 def test_nothing_and_everything_are_refused_with_a_value_that_works(fields, found, suggested):
-    weights, _ = prunable(tiny.network("llama"))
+    layers, _ = prunable_layers(tiny.network("llama"))
     spec = PruneSpec(uses="prune", id="p", **fields)
     with pytest.raises(StepError, match=f"sets {found} to zero.*50%: 0.0.*write for example {suggested}") as caught:
-        plan(weights, spec)
+        plan(layers, spec)
     key, _, value = str(caught.value).rpartition("write for example ")[2].partition(": ")
-    masks = plan(weights, spec.model_copy(update={key: float(value.rstrip("%")) / (100 if "%" in value else 1)}))
+    masks = plan(layers, spec.model_copy(update={key: float(value.rstrip("%")) / (100 if "%" in value else 1)}))
     kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     assert kept == pytest.approx(0.5, abs=0.01)
 
 
 def test_pruning_again_to_the_same_sparsity_is_refused():
     model = tiny.network("llama")
-    weights, _ = prunable(model)
+    layers, _ = prunable_layers(model)
     spec = PruneSpec(uses="prune", id="p", sparsity=0.5)
-    apply(model, plan(weights, spec))
+    apply(model, plan(layers, spec))
     with pytest.raises(StepError, match="sets no weight to zero"):
-        plan(weights, spec)
+        plan(layers, spec)
 
 
 def test_apply_zeroes_the_dropped_and_nothing_else():
     model = tiny.network("gpt2")
     before = copy.deepcopy(model.state_dict())
-    weights, _ = prunable(model)
-    masks = plan(weights, PruneSpec(uses="prune", id="p", sparsity="70%", scope="global"))
+    masks = plan(prunable_layers(model)[0], PruneSpec(uses="prune", id="p", sparsity=0.7, scope="global"))
     apply(model, masks)
     for name, tensor in model.state_dict().items():
         expected = before[name] * masks[name] if name in masks else before[name]

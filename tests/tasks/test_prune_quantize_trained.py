@@ -14,8 +14,9 @@ from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress.masks import magnitude_masks
-from tasks.compress.prune import prunable, prune
+from tasks.compress.prune import prune
 from tasks.compress.quantize import quantize
+from tasks.compress.unstructured import prunable
 from tasks.context import StepError
 from tasks.data import encode
 from tasks.finetune.batches import Batches
@@ -107,6 +108,17 @@ def test_recovery_wins_back_what_pruning_lost_and_keeps_the_zeros(trained):
     assert all(torch.equal(pruned[name] != 0, mask) for name, mask in masks.items())
     assert ends["plain"] > 1.02 * before
     assert ends["recovered"] < before + 0.5 * (ends["plain"] - before)
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": "60%"}, {"pattern": "2:4"}])
+def test_sparsegpt_costs_less_than_magnitude_and_wanda(trained, amount):
+    artifact, _, context = trained
+    ends = {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        ctx = context(f"{method}-{next(iter(amount))}")
+        prune(artifact, spec=PruneSpec(uses="prune", id="p", method=method, **amount), ctx=ctx)
+        ends[method] = _perplexity(ctx.out, ctx)
+    assert ends["sparsegpt"] < 0.98 * min(ends["wanda"], ends["magnitude"])
 
 
 def test_int8_keeps_the_perplexity_and_shrinks_the_file(trained):

@@ -15,8 +15,9 @@ from specs.schema.steps.finetune import TrainingSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress import packed
-from tasks.compress.prune import prunable, prune
+from tasks.compress.prune import prune
 from tasks.compress.quantize import outputs, pack, plan_int8, quantize, relative_error
+from tasks.compress.unstructured import prunable
 from tasks.data import encode
 from tasks.models import load, save
 from tests.support import TASKS_OF, as_artifact, context

@@ -20,7 +20,7 @@ from specs.schema.steps.prune import PruneSpec
 from specs.schema.units import parse_keep
 from tasks.compress import cut, depth, importance, search, structured, width
 from tasks.compress.calibrate import examples, forward
-from tasks.compress.prune import check, prune, refuses
+from tasks.compress.prune import look, prune, refuses
 from tasks.context import StepError
 from tasks.data import encode
 from tasks.finetune.objective import task_loss
@@ -465,7 +465,7 @@ def test_a_time_is_measured_alone_and_recorded(tmp_path, llama, text_data):
 )
 def test_the_plan_says_what_cannot_be(kind, fields, reason):
     config = make(kind).config.to_dict()
-    problems, warnings = check(spec(**fields), config, TASKS.get(kind, "translation"), 16)
+    problems, warnings = look(spec(**fields), config, TASKS.get(kind, "translation"), 16)
     assert len(problems) == 1
     assert re.search(reason, problems[0]), problems
     assert warnings == []
@@ -473,11 +473,11 @@ def test_the_plan_says_what_cannot_be(kind, fields, reason):
 
 def test_one_block_cannot_go():
     config = make("llama", num_hidden_layers=1).config.to_dict()
-    problems, _ = check(spec("depth"), config, "text-generation", 16)
+    problems, _ = look(spec("depth"), config, "text-generation", 16)
     assert problems == ["method: depth leaves at least one block, and the decoder has no more; use method: width"]
     scaled = make("gpt2", scale_attn_by_inverse_layer_idx=True).config.to_dict()
-    assert "scaled by the number of the block" in check(spec("depth"), scaled, "text-generation", 16)[0][0]
-    assert check(spec("depth"), make("llama").config.to_dict(), "text-generation", 16) == ([], [])
+    assert "scaled by the number of the block" in look(spec("depth"), scaled, "text-generation", 16)[0][0]
+    assert look(spec("depth"), make("llama").config.to_dict(), "text-generation", 16) == ([], [])
 
 
 def test_the_table_says_what_a_family_has_not():
@@ -492,11 +492,11 @@ def test_the_table_says_what_a_family_has_not():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "width"}, "method width needs keep; write for example keep: 50%"),
+        ({"method": "width"}, "method width needs `keep`; write for example keep: 50%"),
         ({"method": "threshold"}, "method threshold needs threshold; write for example threshold: 0.02"),
-        ({"method": "depth", "keep": 0.5, "parts": ["ffn"]}, "parts does not go with method depth; it is for width"),
-        ({"sparsity": 0.5, "keep": 0.5}, "keep does not go with method magnitude; it is for width and depth"),
-        ({"method": "vocabulary", "keep": 0.5}, "keep does not go with method vocabulary"),
+        ({"method": "depth", "keep": 0.5, "parts": ["ffn"]}, "method depth takes no `parts`; leave it out, or write method: width"),
+        ({"sparsity": 0.5, "keep": 0.5}, "method magnitude takes no `keep`; leave it out, or write method: width or depth"),
+        ({"method": "vocabulary", "keep": 0.5}, "method vocabulary takes no `keep`"),
         ({"method": "width", "keep": "100%"}, "neither of them prunes; write for example 50%, 5M or 8 ms"),
         ({"method": "width", "keep": 0}, "neither of them prunes"),
         ({"method": "width", "keep": "0 ms"}, "is not above 0"),

@@ -69,6 +69,10 @@ class TrainingSpec(SpecModel):
         examples=["3"],
         description="stop after so many validations without improvement; default: never",
     )
+    keep_zeros: bool = Field(
+        default=True,
+        description="whether what is 0 in the weight matrices that come in, as `prune` leaves them, stays 0",
+    )
     save_every: Duration = Field(
         default=30.0, description="time between checkpoints from which a killed run continues, for example 30 s"
     )
