@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,15 @@ from specs.schema.steps.finetune import TrainingSpec
 from tasks.context import StepContext, StepError
 from tasks.data.encoded import Encoded
 from tasks.finetune import checkpoints
-from tasks.finetune.batches import Batches
+from tasks.finetune.batches import Batches, Roles
 from tasks.finetune.objective import Loss, check, task_loss, weights_of_classes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+Beside = Callable[[np.ndarray], "dict[str, Tensor]"]
+"""From the numbers of the examples of a batch to tensors by name, on the device of the training."""
 
 CURVE_POINTS = 1000
 """Points of a training curve; longer trainings are thinned to about so many."""
@@ -74,6 +77,8 @@ def train(
     *,
     loss: Loss | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    roles: Roles | None = None,
+    beside: Beside | None = None,
 ) -> Trained:
     """Train ``model`` in place and leave the weights of the lowest validation loss in it, in float32 and eval mode.
 
@@ -90,13 +95,15 @@ def train(
         loss: what is minimised; default: the loss of ``ctx.task``. Validation always uses the latter, unsmoothed.
             The metric ``tokens_per_second`` counts what is written where the task writes, else what is read.
         masks: parameter name to a mask of its shape, True where the weight is kept; the others are 0 and stay 0.
+        roles: which examples train and which may measure; default: all do both.
+        beside: what ``loss`` is given for examples beside what the data has of them.
 
     Raises:
         StepError: the data is empty, the precision is not to be had on the device, or the loss is not finite.
     """
     if len(data) == 0:
         raise StepError("data.train has no examples; check its path, its fields and train_limit")
-    training = _prepare(model, data, spec, ctx, loss, masks or {})
+    training = _prepare(model, data, spec, ctx, loss, masks or {}, roles, beside)
     batches = training.batches
     progress = Progress(
         total=spec.max_steps or max(1, math.ceil((spec.epochs or 1) * batches.steps_per_epoch)),
@@ -172,6 +179,7 @@ class _Training:
     precision: str
     tokens: np.ndarray
     warnings: tuple[str, ...]
+    beside: Beside | None
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,8 @@ def _prepare(
     ctx: StepContext,
     loss: Loss | None,
     masks: Mapping[str, Tensor],
+    roles: Roles | None,
+    beside: Beside | None,
 ) -> _Training:
     import torch
 
@@ -211,7 +221,7 @@ def _prepare(
         model=model,
         weights=weights,
         kept={name: mask.to(ctx.device) for name, mask in masks.items()},
-        batches=Batches(data, spec.validation, examples, ctx.seed, ctx.device, spec.sampling),
+        batches=Batches(data, spec.validation, examples, ctx.seed, ctx.device, spec.sampling, roles),
         spec=spec,
         objective=loss or task_loss(ctx.task, family, label_smoothing=spec.label_smoothing, class_weights=counts),
         measure=task_loss(ctx.task, family, class_weights=counts),
@@ -220,6 +230,7 @@ def _prepare(
         precision=precision,
         tokens=data.lengths() if written is None else np.asarray(written).sum(axis=1, dtype=np.int64),
         warnings=warnings,
+        beside=beside,
     )
 
 
@@ -239,7 +250,10 @@ def _update(training: _Training, progress: Progress, seed: int) -> _Update:
     tokens = max(1, int(training.tokens[rows].sum()))
     total = weight = 0.0
     for at in range(0, len(rows), spec.batch_size):
-        batch = batches.tensors(rows[at : at + spec.batch_size])
+        part_rows = rows[at : at + spec.batch_size]
+        batch = batches.tensors(part_rows)
+        if training.beside is not None:
+            batch |= training.beside(part_rows)
         with _autocast(training.precision, batches.device):
             part, part_weight = training.objective(training.model, batch)
         # The weight of all parts is known only after the last; dividing by a guess keeps fp16 gradients in range.
