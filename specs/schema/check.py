@@ -132,6 +132,9 @@ def _inputs(step: Outline, before: str | None, found: Survey) -> tuple[str, ...]
         elif id in named and id == assumed:
             text = f"{id!r} is the step before too, which this one takes besides"
             problems.append(Problem(at, text, "name the other one in `needs`"))
+        elif id in named and len(per_field) > 1:
+            fields = " and in ".join(per_field)
+            problems.append(Problem(at, f"{id!r} is named in {fields}", "name two different steps"))
         elif id in named:
             problems.append(Problem(at, f"{id!r} is named twice", "name it once"))
         else:

@@ -187,10 +187,10 @@ class _Loader:
             for explained in explain_all(entries, self.data):
                 self.add(explained)
         task: Task | None = next((known for known in TASKS if known == self.data.get("task")), None)
-        for path, value in self.raw.items():
-            for wrong in (false_friend(path, value, self.data), misplaced(path, value, self.data, task)):
-                if wrong is not None:
-                    self.add(wrong)
+        wrongs = [false_friend(path, value, self.data) for path, value in self.raw.items()]
+        wrongs += [misplaced(path, self.raw.get(path, {}), self.data, task) for path in self.positions.values if path]
+        for wrong in filter(None, wrongs):
+            self.add(wrong)
         self.check_graph(task)
         if self.mistakes or spec is None:
             raise SpecErrors(self.sorted())

@@ -202,10 +202,6 @@ class DistillSpec(StepSpec, TrainingSpec):
             raise FieldError(
                 named[1], f"the student is {named[0]} and {named[1]} at once; leave one of them out: it has one origin"
             )
-        if self.needs and self.teacher in self.needs:
-            raise FieldError(
-                "teacher", f"{self.teacher} would teach itself; name another step in needs, or write student or config"
-            )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise FieldError("config", "config names no model type; write for example {model_type: bert}")
         return self
