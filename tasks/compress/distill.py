@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
-from specs.schema.steps.distill import DistillSpec
+from specs.schema.steps.distill import DistillSpec, StudentSpec
 from tasks.compress import heard, teach
 from tasks.compress.fit import label_order, match, student_config
 from tasks.compress.kept import Kept, identity
@@ -36,7 +35,25 @@ def look(spec: DistillSpec, config: Mapping[str, Any], task: Task, max_length: i
             student_config(spec.config, config, task)
         except StepError as error:
             problems.append(str(error))
+    if spec.student is not None:
+        problems += _too_large(spec.student, config)
     return problems, []
+
+
+def _too_large(student: StudentSpec, config: Mapping[str, Any]) -> list[str]:
+    """Sizes above those of the model that comes in, which no teacher made from it has."""
+    from tasks.models.patterns import PATTERNS
+
+    pattern = PATTERNS.get(config["model_type"])
+    problems: list[str] = []
+    for stack in pattern.stacks if pattern is not None else ():
+        own = stack.role == "decoder" and student.decoder_layers is not None
+        asked = {"depth": "decoder_layers" if own else "layers", "width": "hidden", "heads": "heads", "ffn": "ffn"}
+        for what, name in asked.items():
+            value, limit = getattr(student, name), config.get(stack.fields[what])
+            if value is not None and isinstance(limit, int) and value > limit:
+                problems.append(f"student.{name} {value} is more than the model's {limit}; write at most {limit}")
+    return list(dict.fromkeys(problems))
 
 
 @step(DistillSpec, libraries=("numpy", "tokenizers", "torch", "transformers"), preflight=look)
@@ -195,10 +212,7 @@ def _train(
         return found | (heard.beside(said, rows, ctx.device) if said is not None else {})
 
     ctx.note("training the student")
-    try:
-        return train(student, taught.data, spec, ctx, loss=loss, roles=taught.roles, beside=beside)
-    finally:
-        shutil.rmtree(ctx.work / "student", ignore_errors=True)
+    return train(student, taught.data, spec, ctx, loss=loss, roles=taught.roles, beside=beside)
 
 
 def _properties(student: nn.Module, teacher: nn.Module, taught: Lessons, spec: DistillSpec) -> dict[str, Any]:

@@ -67,9 +67,7 @@ def test_mistakes(tmp_path: Path, fields: str, field: str, message: str) -> None
 
 
 def test_texts_are_found_beside_the_spec(tmp_path: Path) -> None:
-    loaded = good(
-        tmp_path, HEAD + TEACHER + "  - {id: s, uses: distill, teacher: teacher, unlabelled: ./more.txt}\n"
-    )
+    loaded = good(tmp_path, HEAD + TEACHER + "  - {id: s, uses: distill, teacher: teacher, unlabelled: ./more.txt}\n")
     assert loaded.spec.steps[2].unlabelled == str(tmp_path / "more.txt")  # type: ignore[attr-defined]
 
 

@@ -33,6 +33,7 @@ CASES = {
     "whisper": "speech-recognition",
     "wav2vec2": "speech-recognition",
 }
+KEPT = {"epochs": 2, "top_k": 8, "validation": 0}
 FAST = {"max_steps": 3, "batch_size": 8, "validation": 0.2, "learning_rate": 1e-3, "eval_steps": 2}
 
 
@@ -59,11 +60,11 @@ def _spec(**fields):
     return DistillSpec(**{"uses": "distill", "id": "s", "teacher": "t", **FAST, **fields})
 
 
-def _run(folder, made, kind, student=None, **fields):
+def _run(folder, made, kind, taught=None, **fields):
     teacher, data = made[kind]
     events = []
     ctx = context(folder, CASES[kind], data, emit=events.append)
-    inputs = [as_artifact(path) for path in (student, teacher) if path is not None]
+    inputs = [as_artifact(path) for path in (taught, teacher) if path is not None]
     return distill(*inputs, spec=_spec(**fields), ctx=ctx), ctx, events
 
 
@@ -80,8 +81,9 @@ def test_each_application_from_a_part_of_the_teacher(tmp_path, made, kind):
     assert type(network) is type(load(made[kind][0]))
     assert "cut out of the teacher" in result.summary
     assert not (ctx.out / "lathe.json").exists()
-    assert result.properties["distillation"]["student_parameters"] < 0.6 * (
-        result.properties["distillation"]["teacher_parameters"]
+    assert (
+        result.properties["distillation"]["student_parameters"]
+        < 0.6 * (result.properties["distillation"]["teacher_parameters"])
     )
     assert {"validation_loss", "train_loss"} <= {event.get("name") for event in events}
 
@@ -89,7 +91,7 @@ def test_each_application_from_a_part_of_the_teacher(tmp_path, made, kind):
 @pytest.mark.parametrize("kind", CASES)
 def test_each_application_from_a_model_and_with_kept_outputs(tmp_path, made, kind):
     other = tiny_model(tmp_path / "other", kind, CASES[kind], seed=5)
-    result, ctx, events = _run(tmp_path / "a", made, kind, student=other, epochs=2, top_k=8)
+    result, ctx, events = _run(tmp_path / "a", made, kind, taught=other, **KEPT)
     assert result.properties["distillation"]["cached"]
     progress = [event for event in events if event["event"] == "progress" and event["unit"] == "examples"]
     assert progress[-1]["done"] == progress[-1]["total"]
@@ -99,7 +101,7 @@ def test_each_application_from_a_model_and_with_kept_outputs(tmp_path, made, kin
     distill(
         as_artifact(other),
         as_artifact(made[kind][0]),
-        spec=_spec(epochs=2, top_k=8),
+        spec=_spec(**KEPT),
         ctx=dataclasses.replace(again, emit=told.append),
     )
     assert {"event": "note", "text": "the teacher's outputs: found in the store"} in told
@@ -164,7 +166,7 @@ def test_the_teacher_writes_what_is_learned(tmp_path, made, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "marian"])
 def test_the_student_writes_for_itself_and_does_so_again(tmp_path, made, kind):
-    fields = {"student": {"layers": 1}, "on_policy": {"share": 1.0}, "alpha": 0.0}
+    fields = {"student": {"layers": 1}, "on_policy": {"share": 1.0}, "alpha": 0.0, "validation": 0}
     first = _run(tmp_path / "a", made, kind, **fields)[1]
     second = _run(tmp_path / "b", made, kind, **fields)[1]
     never = _run(tmp_path / "c", made, kind, **{**fields, "on_policy": None})[1]
@@ -297,7 +299,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, ma
         ends[name] = (_weights(ctx.out), events)
     assert ends["killed"][0] == ends["whole"][0]
     steps = [event["step"] for event in ends["killed"][1] if event.get("name") == "train_loss"]
-    assert steps == ([5, 6, 7] if at == "train" else [1, 2, 3, 4, 5, 6, 7]) or steps == [6, 7]
+    assert steps == ([5, 6, 7] if at == "train" else [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_a_damaged_piece_is_made_again(tmp_path, monkeypatch):
@@ -334,20 +336,22 @@ def _edited(source, folder, **fields):
 
 def test_pairs_that_do_not_go_together(tmp_path, made):
     three = tiny_model(tmp_path / "three", "bert", "text-classification", labels=3)
-    with pytest.raises(StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, class1, cl"):
-        _run(tmp_path / "a", made, "bert", student=three)
+    with pytest.raises(
+        StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, class1, cl"
+    ):
+        _run(tmp_path / "a", made, "bert", taught=three)
     strange = tiny_model(tmp_path / "strange", "bert", "text-classification", vocab_size=300)
     with pytest.raises(StepError, match=r"vocabulary \(300 tokens\) is not the teacher's \(320.*instead of needs"):
-        _run(tmp_path / "b", made, "bert", student=strange)
+        _run(tmp_path / "b", made, "bert", taught=strange)
     writes = tiny_model(tmp_path / "writes", "llama", "text-generation")
     with pytest.raises(StepError, match="the student does text-generation and the teacher text-classification"):
-        _run(tmp_path / "c", made, "bert", student=writes)
+        _run(tmp_path / "c", made, "bert", taught=writes)
     decoder = tiny_model(tmp_path / "decoder", "llama", "text-classification", pad_token_id=0)
     with pytest.raises(StepError, match="family decoder and the teacher encoder"):
-        _run(tmp_path / "d", made, "bert", student=decoder)
+        _run(tmp_path / "d", made, "bert", taught=decoder)
     wider = tiny_model(tmp_path / "wav", "wav2vec2", "speech-recognition", conv_stride=[5, 4, 2])
     with pytest.raises(StepError, match="another number of frames"):
-        _run(tmp_path / "e", made, "wav2vec2", student=wider)
+        _run(tmp_path / "e", made, "wav2vec2", taught=wider)
 
 
 def test_labels_in_another_order_are_put_in_order(tmp_path, made):
@@ -362,7 +366,7 @@ def test_labels_in_another_order_are_put_in_order(tmp_path, made):
 
     assert label_order(load(turned), load(teacher)) == [1, 0]
     assert label_order(load(teacher), load(teacher)) is None
-    result, _, _ = _run(tmp_path / "a", made, "bert", student=turned)
+    result, _, _ = _run(tmp_path / "a", made, "bert", taught=turned)
     assert result.touched
 
 
@@ -382,6 +386,17 @@ def test_configurations_that_the_plan_refuses(made, kind, config, message):
 
     assert len(problems) == 1
     assert re.search(message, problems[0]), problems
+
+
+def test_sizes_that_the_plan_refuses(made):
+    teacher = json.loads((made["whisper"][0] / "config.json").read_text())
+    shape = {"layers": 2, "decoder_layers": 3, "hidden": 64}
+    problems, _ = look(_spec(student=shape), teacher, "speech-recognition", 32)
+    assert problems == [
+        "student.hidden 64 is more than the model's 32; write at most 32",
+        "student.decoder_layers 3 is more than the model's 2; write at most 2",
+    ]
+    assert look(_spec(student={"layers": 1}), teacher, "speech-recognition", 32) == ([], [])
 
 
 def test_no_text_without_labels(tmp_path, made):

@@ -241,9 +241,7 @@ def test_padding_changes_nothing(kind):
     data = CASES[kind][2]()
     with torch.no_grad():
         total, weight = teaching(student, batch)
-        parts = [
-            teaching(student, Batches(data, 0.0, 1, 0, "cpu").tensors(np.array([row]))) for row in range(6)
-        ]
+        parts = [teaching(student, Batches(data, 0.0, 1, 0, "cpu").tensors(np.array([row]))) for row in range(6)]
     assert float(total) == pytest.approx(sum(float(part) for part, _ in parts), rel=2e-3)
     assert float(weight) == pytest.approx(sum(float(part) for _, part in parts))
 

@@ -16,7 +16,10 @@ MODELS = {
     "llama": lambda **fields: tiny.network("llama", **fields),
     "gpt2": lambda **fields: tiny.network("gpt2", **fields),
     "bert": lambda **fields: tiny.network("bert", **fields),
-    **{name: lambda name=name, **fields: tiny.writer(name, **fields) for name in ("marian", "t5", "whisper", "wav2vec2")},
+    **{
+        name: lambda name=name, **fields: tiny.writer(name, **fields)
+        for name in ("marian", "t5", "whisper", "wav2vec2")
+    },
 }
 DATA = {
     "bert": lambda: tiny.sentences(8),
@@ -52,7 +55,8 @@ def test_the_student_is_an_ordinary_smaller_model(tmp_path, kind, shape):
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = build(teacher, StudentSpec(**shape), _data(kind))
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
-    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    assert sizes[0] < sizes[1] or (sizes[0] == sizes[1] and list(shape) == ["heads"])  # fewer heads may be larger ones
     for stack in anatomy(student).stacks:
         assert len(stack.blocks) == shape.get("layers", 2)
         assert stack.width == shape.get("hidden", 32)
@@ -170,4 +174,6 @@ def test_grouped_channels_of_a_convolution_stay_with_their_group():
 
 
 def test_every_configuration_says_what_it_is():
-    assert isinstance(build(tiny.network("gpt2"), StudentSpec(ffn=24), tiny.language(8)).config, transformers.GPT2Config)
+    assert isinstance(
+        build(tiny.network("gpt2"), StudentSpec(ffn=24), tiny.language(8)).config, transformers.GPT2Config
+    )

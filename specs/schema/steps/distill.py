@@ -217,7 +217,7 @@ class DistillSpec(StepSpec, TrainingSpec):
         uneven = next((name for name in ("class_weights", "sampling") if getattr(self, name) == "balanced"), None)
         if uneven is not None and (self.unlabelled is not None or self.augment is not None):
             raise FieldError(uneven, f"texts without labels belong to no class; leave {uneven} out")
-        if "skew" in self.model_fields_set and self.divergence != "skewed":
+        if self.skew != type(self).model_fields["skew"].default and self.divergence != "skewed":
             raise FieldError("skew", "skew does nothing here; write divergence: skewed, or leave it out")
         if self.beams > 1 and self.data == "training" and self.unlabelled is None:
             raise FieldError("beams", "the teacher writes nothing here; write data: teacher-generated, or leave it out")
