@@ -206,7 +206,7 @@ def test_texts_without_labels(tmp_path, made, kind):
 
 
 def test_changed_copies_stay_on_the_side_of_their_original(tmp_path, made):
-    result, ctx, _ = _run(tmp_path, made, "bert", student={"layers": 1}, augment={"copies": 3})
+    result, _, _ = _run(tmp_path, made, "bert", student={"layers": 1}, augment={"copies": 3})
     assert result.properties["distillation"]["examples"] == {"training": 24, "augmented": 72}
     data = tiny.sentences(10)
     near = np.tile(np.arange(64, dtype=np.int32)[:, None] ^ 1, (1, 2))
@@ -336,9 +336,7 @@ def _edited(source, folder, **fields):
 
 def test_pairs_that_do_not_go_together(tmp_path, made):
     three = tiny_model(tmp_path / "three", "bert", "text-classification", labels=3)
-    with pytest.raises(
-        StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, class1, cl"
-    ):
+    with pytest.raises(StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, "):
         _run(tmp_path / "a", made, "bert", taught=three)
     strange = tiny_model(tmp_path / "strange", "bert", "text-classification", vocab_size=300)
     with pytest.raises(StepError, match=r"vocabulary \(300 tokens\) is not the teacher's \(320.*instead of needs"):
@@ -401,7 +399,7 @@ def test_sizes_that_the_plan_refuses(made):
 
 def test_no_text_without_labels(tmp_path, made):
     (tmp_path / "none.txt").write_text("\n\n")
-    with pytest.raises(StepError, match="unlabelled: .*none.txt"):
+    with pytest.raises(StepError, match=r"unlabelled: .*none.txt"):
         _run(tmp_path / "a", made, "bert", student={"layers": 1}, unlabelled=str(tmp_path / "none.txt"))
-    with pytest.raises(StepError, match="unlabelled: .*no such file"):
+    with pytest.raises(StepError, match=r"unlabelled: .*no such file"):
         _run(tmp_path / "b", made, "bert", student={"layers": 1}, unlabelled=str(tmp_path / "nowhere.txt"))
