@@ -75,9 +75,7 @@ def distill(*models: Artifact, spec: DistillSpec, ctx: StepContext) -> StepResul
     folder = models[-1].path
     teacher = load(folder, ctx.device)
     student = _student(models, teacher, spec, ctx)
-    from tasks.finetune.finetune import training_data
-
-    data = training_data(student.network, student.artifact, ctx)
+    data = finetune.training_data(student.network, student.artifact, ctx)
     match(student.network, teacher, student.artifact.path, folder, data, ctx)
     about = identity(folder)
     taught = lessons(data, teacher, about, student.artifact.path, spec, ctx)

@@ -45,7 +45,7 @@ def test_problems_are_shown_where_they_stand(tmp_path: Path) -> None:
     steps = STEPS.replace("layers: 1", "layers: 9")
     problems = sorted(_plan(tmp_path, steps).problems, key=len)
     assert len(problems) == 2
-    assert "spec.yaml:15:" in problems[0]
+    assert "spec.yaml:16:" in problems[0]
     assert "s: student.layers 9 is more than the model's 2; write at most 2" in problems[0]
     assert "unlabelled: " in problems[1]
     assert "more.txt: no such file" in problems[1]

@@ -38,7 +38,7 @@ def taught(tmp_path_factory):
     """A language model that has learned a language of few rules from much text, little text, and text to judge by."""
     teacher = tiny.network("llama")
     ctx = tiny.context(tmp_path_factory.mktemp("teacher"))
-    train(teacher, tiny.language(1024), TrainingSpec(max_steps=250, **RATE), ctx)
+    train(teacher, tiny.language(1024), TrainingSpec(max_steps=160, **RATE), ctx)
     return teacher, tiny.language(48, seed=1), tiny.language(128, seed=2)
 
 
@@ -50,7 +50,7 @@ def test_a_teacher_helps_where_there_is_little_data(tmp_path, taught):
     for name, alpha in (("alone", 1.0), ("taught", 0.0)):
         student = build(teacher, SHAPE, data)
         loss = Teaching(Comparison("text-generation", "decoder", alpha=alpha, temperature=1.0), teacher)
-        train(student, data, TrainingSpec(max_steps=120, **RATE), tiny.context(tmp_path / name), loss=loss)
+        train(student, data, TrainingSpec(max_steps=60, **RATE), tiny.context(tmp_path / name), loss=loss)
         found[name] = _loss(student, judge)
     assert _loss(teacher, judge) < found["taught"] < found["alone"] - 0.1, found
     assert found["taught"] < _loss(start, judge) - 0.5
@@ -113,4 +113,4 @@ def test_inner_losses_bring_the_insides_together(tmp_path, taught):
     train(
         student, data, TrainingSpec(max_steps=40, **RATE), tiny.context(tmp_path), loss=Teaching(how, teacher, inside)
     )
-    assert apart() < 0.5 * before
+    assert apart() < 0.8 * before
