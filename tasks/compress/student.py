@@ -183,6 +183,8 @@ def _fields(stack: Stack, config: Any, depth: int, hidden: int, heads: Heads, ff
 def _stack_plan(
     stack: Stack, blocks: tuple[int, ...], heads: Heads, ffn: int, scores: Mapping[str, Tensor]
 ) -> StackPlan:
+    import torch
+
     queries: dict[str, Tensor] = {}
     keys: dict[str, Tensor] = {}
     channels: dict[int, Tensor] = {}
@@ -193,7 +195,7 @@ def _stack_plan(
             if attention.positions == "relative":  # one table of positions serves the heads of all blocks
                 alike = [other for block in stack.blocks for other in block.attentions if not other.cross]
             matters = [_scores(scores, other.output, other.heads * other.head_size) for other in alike]
-            queries[attention.name], keys[attention.name] = _attention(attention, heads, sum(matters))
+            queries[attention.name], keys[attention.name] = _attention(attention, heads, torch.stack(matters).sum(0))
         channels[number] = _most(_scores(scores, block.ffn.down, block.ffn.width), ffn)
     return StackPlan(stack.role, blocks, queries, keys, channels)
 
@@ -269,7 +271,7 @@ def apply(teacher: nn.Module, plan: StudentPlan) -> nn.Module:
     """
     import torch
 
-    config = copy.deepcopy(teacher.config)
+    config: Any = copy.deepcopy(teacher.config)
     for name, value in plan.fields.items():
         setattr(config, name, value)
     # What transformers has derived for each layer must follow the new depth.

@@ -249,7 +249,7 @@ def add_projections(student: nn.Module, teacher: nn.Module, inside: Inside, gene
     maps = nn.ModuleDict()
     for pair in inside.pairs:
         if pair.projection:
-            layer = skip_init(nn.Linear, narrow[pair.role], wide[pair.role], bias=False)
+            layer: Any = skip_init(nn.Linear, narrow[pair.role], wide[pair.role], bias=False)
             nn.init.normal_(layer.weight, std=narrow[pair.role] ** -0.5, generator=generator)
             maps[pair.projection] = layer
     if len(maps):

@@ -30,7 +30,7 @@ LENGTH = 64
 TRAINING: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "warmup": 0.1, "label_smoothing": 0.0}
 SHAPES: dict[str, dict[str, int]] = {
     "2 x 128": {"layers": 2, "hidden": 128},
-    "1 x 192": {"layers": 1, "hidden": 192},
+    "2 x 192": {"layers": 2, "hidden": 192},
 }
 
 
@@ -79,9 +79,17 @@ class Bench:
         for part in ("out", "work", "checkpoints"):
             (self.work / name / part).mkdir(parents=True, exist_ok=True)
         (self.work / "store").mkdir(exist_ok=True)
-        paths = {part: self.work / name / part for part in ("out", "work", "checkpoints")}
+        here = self.work / name
         return StepContext(
-            name, "text-classification", self.model, self.data, **paths, store=self.work / "store", threads=self.threads
+            step_id=name,
+            task="text-classification",
+            model=self.model,
+            data=self.data,
+            out=here / "out",
+            work=here / "work",
+            checkpoints=here / "checkpoints",
+            store=self.work / "store",
+            threads=self.threads,
         )
 
     def teacher(self, epochs: float) -> Path:
