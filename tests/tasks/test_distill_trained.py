@@ -60,7 +60,7 @@ def test_what_matters_is_the_better_part_of_the_teacher(taught):
     """Of the same sizes the student of the channels with large activations is nearer to the teacher than the first
     channels."""
     teacher, data, judge = taught
-    spec = StudentSpec(ffn=40)
+    spec = StudentSpec(hidden=24, heads=4)
     kept = {name: apply(teacher, plan(teacher, spec, scores)) for name, scores in _scores(teacher, data).items()}
     found = {name: _loss(student, judge) for name, student in kept.items()}
     assert _loss(teacher, judge) <= found["activations"] < found["first"], found
