@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows.errors import PlanError
 from flows.home import Home
@@ -22,6 +22,9 @@ from tasks.conditions import conditions, evaluation_key
 from tasks.context import Artifact
 from tasks.keys import digest_json, explain, step_key
 from tasks.registry import find
+
+if TYPE_CHECKING:
+    from flows.preflight import Findings
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def make_plan(
     else:
         fingerprints = _fingerprints(spec)
         measured = conditions(spec, fingerprints["eval"], device, threads)
-        planner = _Planner(spec, Store(home.store), fingerprints, device, measured, findings.model_bytes)
+        planner = _Planner(spec, Store(home.store), fingerprints, device, measured, findings)
         steps = tuple(planner.plan(node, node.id in selection, node.id in forced) for node in graph)
     plan = Plan(
         spec=spec,
@@ -202,14 +205,15 @@ class _Planner:
         fingerprints: Mapping[str, str],
         device: str,
         measured: Mapping[str, Any],
-        model_bytes: int,
+        findings: Findings,
     ) -> None:
         self.spec = spec
         self.store = store
         self.fingerprints = fingerprints
         self.device = device
         self.measured = measured
-        self.model_bytes = model_bytes
+        self.model_bytes = findings.model_bytes
+        self.scored = findings.scored
         self.latest = latest_recipes(store, spec.name)
         self.keys: dict[str, str] = {}
         self.artifacts: dict[str, Artifact] = {}
@@ -233,6 +237,7 @@ class _Planner:
         artifact = None if forced else self.store.find(key)
         if artifact is None:
             disk, memory = node.spec.estimate(self.model_bytes)
+            disk += node.spec.stores(self.scored)
             reason = "asked for" if forced else _reason(recipe, self.latest.get(node.id))
             return PlannedStep(node, key, recipe, "run", forced, reason, disk, memory)
         self.artifacts[node.id] = artifact
@@ -262,9 +267,20 @@ class _Planner:
         if isinstance(step, BaselineSpec):
             return {"model": self.fingerprints["model"]}
         if not step.judges:
-            return {}
+            return _sources(step, self.spec)
         gates = [gate.model_dump(mode="json") for gate in self.spec.gates if gate.step == step.id]
         return {"gates": gates, "measured": dict(self.measured)}
+
+
+def _sources(step: StepSpec, spec: PipelineSpec) -> dict[str, Any]:
+    """What identifies the data that a step names itself."""
+    from tasks import data
+
+    named = {name: getattr(step, name) for name in step.sources if getattr(step, name) is not None}
+    return {
+        name: data.fingerprint(spec.data.model_copy(update={"train": source}), "train", "text-generation")
+        for name, source in named.items()
+    }
 
 
 def shaping_data(spec: PipelineSpec) -> dict[str, Any]:

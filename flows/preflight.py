@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 from flows.places import Problem, named_in, path_of_step
 from flows.plan import missing_packages
@@ -16,15 +17,23 @@ from tasks.context import StepError
 from tasks.evaluate.format import count, duration, size
 from tasks.registry import find
 
+if TYPE_CHECKING:
+    from tasks.data import DataSummary
+
+_BYTES_OF_A_TOKEN = 3
+_FRAMES_OF_A_SECOND = 50
+
 
 @dataclass
 class Findings:
-    """What preflight saw. ``problems`` stop a run, ``warnings`` do not; ``model_bytes`` feeds the estimates."""
+    """What preflight saw. ``problems`` stop a run, ``warnings`` do not; ``model_bytes`` and ``scored``, about how many
+    tokens, examples or frames of the training data are scored, feed the estimates."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     model_bytes: int = 0
+    scored: int = 0
 
 
 def inspect(spec: PipelineSpec, nodes: Sequence[Node]) -> Findings:
@@ -39,6 +48,7 @@ def inspect(spec: PipelineSpec, nodes: Sequence[Node]) -> Findings:
             text = f"{node.id}: {', '.join(missing)} is not installed; install the project again"
             findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec)))
     _data(spec, findings)
+    _sources(spec, nodes, findings)
     _model(spec, nodes, findings)
     return findings
 
@@ -55,8 +65,37 @@ def _data(spec: PipelineSpec, findings: Findings) -> None:
             text = f"{more}{seen.records} records, {size(seen.bytes)}{heard}{labels}{skipped}"
             findings.facts.append((f"data.{split}", text))
             findings.warnings += seen.warnings
+            if split == "train":
+                findings.scored = _scored(spec, seen)
     except StepError as error:
         findings.problems.append(Problem(str(error), _field_of_data(spec, str(error))))
+
+
+def _scored(spec: PipelineSpec, seen: DataSummary) -> int:
+    """About how many tokens, examples or frames of the training data a loss looks at, rather too many than too few."""
+    longest = seen.records * (spec.data.max_target_length or spec.data.max_length)
+    return {
+        "text-generation": seen.bytes // _BYTES_OF_A_TOKEN,
+        "text-classification": seen.records,
+        "translation": min(longest, seen.bytes // _BYTES_OF_A_TOKEN),
+        "speech-recognition": max(longest, int(seen.seconds * _FRAMES_OF_A_SECOND)),
+    }[spec.task]
+
+
+def _sources(spec: PipelineSpec, nodes: Sequence[Node], findings: Findings) -> None:
+    """Whether the data that steps name themselves is there and can be read."""
+    from tasks.data.readers import records
+
+    for node in nodes:
+        for name in node.spec.sources:
+            source = getattr(node.spec, name)
+            if source is None:
+                continue
+            try:
+                next(records(spec.data.model_copy(update={"train": source}), "train", "text-generation"), None)
+            except StepError as error:
+                text = f"{node.id}: {name}: {str(error).removeprefix('data.train: ')}"
+                findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec, name)))
 
 
 def _field_of_data(spec: PipelineSpec, text: str) -> KeyPath:

@@ -24,8 +24,9 @@ from tasks.registry import RegisteredStep
 
 RECIPE_VERSION = 1
 
-_NOT_HASHED = {"id", "needs", "retries", "retry_delay", "timeout", "evaluate", "from_"}
-"""Fields of a step that cannot shape its result; the inputs enter by their keys instead of by their names."""
+_NOT_HASHED = {"id", "needs", "retries", "retry_delay", "timeout", "evaluate", "from_", "teacher"}
+"""Fields of a step that cannot shape its result; the inputs enter by their keys instead of by their
+names, and so does the content of what ``sources`` name."""
 
 _PLUMBING = {
     "tasks.artifacts",
@@ -234,7 +235,7 @@ def step_key(
     """
     hashed = {
         "version": RECIPE_VERSION,
-        "spec": spec.model_dump(mode="json", exclude=_NOT_HASHED),
+        "spec": spec.model_dump(mode="json", exclude=_NOT_HASHED | set(spec.sources)),
         "inputs": list(inputs),
         "data": data,
         "seed": seed,

@@ -28,6 +28,9 @@ RUNTIME_BYTES = 500_000_000
 BASELINE = "baseline"
 """The id of the model as it came in; a step may need it, none may take it."""
 
+PREVIOUS = ""
+"""Stands in ``StepSpec.inputs`` for the step before; no step has this id."""
+
 
 class FieldError(ValueError):
     """What a validator of a whole model raises where one field is to blame; the mistake is shown at that field.
@@ -77,6 +80,10 @@ class StepSpec(SpecModel):
     """Whether the step computes with torch."""
     judges: ClassVar[bool] = False
     """Whether the step is given the evaluations of its inputs and the gates on itself."""
+    names_steps: ClassVar[tuple[str, ...]] = ("needs",)
+    """The keys whose values are ids of steps."""
+    sources: ClassVar[tuple[str, ...]] = ()
+    """The fields that name data as ``data.train`` does: relative to the spec, and known by its content."""
 
     uses: str = Field(description="the kind of the step")
     id: Name = Field(description="the name of the step, unique in the spec", examples=["student"])
@@ -96,7 +103,8 @@ class StepSpec(SpecModel):
     evaluate: bool = Field(default=True, description="whether quality, speed and size are measured after the step")
 
     def inputs(self) -> tuple[tuple[str, str], ...] | None:
-        """``(field, id)`` of every artifact the step takes, in order; None where it takes the step before it."""
+        """``(field, id)`` of every artifact the step takes, in order, ``PREVIOUS`` for the step before it; None where
+        it takes that alone."""
         return None if self.needs is None else tuple(("needs", name) for name in self.needs)
 
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
@@ -115,3 +123,8 @@ class StepSpec(SpecModel):
     def estimate(self, model: int) -> tuple[int, int]:
         """Bytes that the step writes and bytes of memory that it needs, roughly, for a model of ``model`` bytes."""
         return model, 2 * model + RUNTIME_BYTES
+
+    def stores(self, scored: int) -> int:
+        """Bytes that the step writes beside its artifact for training data with so many tokens, examples or frames to
+        score, roughly."""
+        return 0

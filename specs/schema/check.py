@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 
-from specs.schema.base import BASELINE, Kind, StepSpec
+from specs.schema.base import BASELINE, PREVIOUS, Kind, StepSpec
 from specs.schema.metrics import METRICS
 from specs.schema.outline import GateOutline, Outline
 from specs.schema.suggest import nearest
@@ -117,15 +117,24 @@ def _inputs(step: Outline, before: str | None, found: Survey) -> tuple[str, ...]
         return () if before is None else (before,)
     path, problems = ("steps", step.index), found.problems
     named: list[str] = []
+    assumed: str | None = None
     per_field: dict[str, int] = {}
     for name, id in step.inputs:
         number = per_field.get(name, 0)
         per_field[name] = number + 1
         at = (*path, name, number)
+        if id == PREVIOUS:
+            id, at, assumed = before, (*path, "uses"), before
         if id is None:
             continue
         if id != BASELINE and id not in found.steps:
             problems.append(Problem(at, f"no step has the id {id!r}", nearest(id, found.names())))
+        elif id in named and id == assumed:
+            text = f"{id!r} is the step before too, which this one takes besides"
+            problems.append(Problem(at, text, "name the other one in `needs`"))
+        elif id in named and len(per_field) > 1:
+            fields = " and in ".join(per_field)
+            problems.append(Problem(at, f"{id!r} is named in {fields}", "name two different steps"))
         elif id in named:
             problems.append(Problem(at, f"{id!r} is named twice", "name it once"))
         else:

@@ -17,7 +17,7 @@ from specs.schema import check, outline, overrides
 from specs.schema.base import TASKS, Task
 from specs.schema.explain import Explained, explain_all, false_friend, field_of, locate, misplaced
 from specs.schema.mistakes import Mistake, Place, SpecErrors, shown
-from specs.schema.pipeline import SCHEME, PipelineSpec, parallel_files
+from specs.schema.pipeline import KINDS, SCHEME, PipelineSpec, parallel_files
 from specs.schema.redaction import is_fixed, redact
 from specs.schema.suggest import nearest
 from specs.schema.yaml_tree import Flaw, Node, parse
@@ -35,7 +35,7 @@ _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SPOILED = object()
 """Stands for a value that could not be read: no field takes it, so that nothing is concluded from its absence."""
 
-_PATHS = (("model", "source"), ("model", "tokenizer"), ("data", "train"), ("data", "eval"))
+_PATHS: tuple[KeyPath, ...] = (("model", "source"), ("model", "tokenizer"), ("data", "train"), ("data", "eval"))
 
 
 @dataclass
@@ -187,10 +187,10 @@ class _Loader:
             for explained in explain_all(entries, self.data):
                 self.add(explained)
         task: Task | None = next((known for known in TASKS if known == self.data.get("task")), None)
-        for path, value in self.raw.items():
-            for wrong in (false_friend(path, value, self.data), misplaced(path, value, self.data, task)):
-                if wrong is not None:
-                    self.add(wrong)
+        wrongs = [false_friend(path, value, self.data) for path, value in self.raw.items()]
+        wrongs += [misplaced(path, self.raw.get(path, {}), self.data, task) for path in self.positions.values if path]
+        for wrong in filter(None, wrongs):
+            self.add(wrong)
         self.check_graph(task)
         if self.mistakes or spec is None:
             raise SpecErrors(self.sorted())
@@ -254,13 +254,23 @@ class _Loader:
         return result
 
     def absolute_paths(self, changed: set[KeyPath]) -> None:
-        for path in _PATHS:
-            section = self.data.get(path[0])
-            value = section.get(path[1]) if isinstance(section, dict) else None
+        for path in (*_PATHS, *self.sources_of_steps()):
+            section = self.data
+            for part in path[:-1]:
+                section = section[part] if isinstance(section, list) else section.get(part)  # type: ignore[index]
+            value = section.get(path[-1]) if isinstance(section, dict) else None
             if not isinstance(value, str) or not value.strip() or "\0" in value:
                 continue
             from_command_line = any(path[: len(other)] == other for other in changed)
-            section[path[1]] = self.absolute(value, path[0] == "model", from_command_line)
+            section[path[-1]] = self.absolute(value, path[0] == "model", from_command_line)
+
+    def sources_of_steps(self) -> list[KeyPath]:
+        """The fields of steps that name data."""
+        steps = self.data.get("steps")
+        listed = enumerate(steps if isinstance(steps, list) else ())
+        known = [(at, step.get("uses")) for at, step in listed if isinstance(step, dict)]
+        kinds = [(at, KINDS[uses]) for at, uses in known if isinstance(uses, str) and uses in KINDS]
+        return [("steps", at, name) for at, kind in kinds for name in kind.sources]
 
     def absolute(self, value: str, is_model: bool, from_command_line: bool) -> str:
         """A path made absolute; a hub id, ``hub:`` and ``builtin:`` stay as they are."""

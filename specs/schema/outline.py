@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Outline:
             return Outline(
                 index,
                 id if isinstance(id, str) and id else _place(index),
-                _inputs(raw),
+                _inputs(raw, KINDS[uses].names_steps if uses else ("from", "needs")),
                 uses,
                 _metric(raw) if chooses else None,
             )
@@ -132,10 +132,11 @@ def _metric(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     return next(((name, fields[name]) for name in _CHOOSES_BY if isinstance(fields.get(name), str)), None)
 
 
-def _inputs(raw: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...] | None:
-    for name in ("from", "needs"):
+def _inputs(raw: Mapping[str, Any], keys: Sequence[str]) -> tuple[tuple[str, str | None], ...] | None:
+    found: list[tuple[str, str | None]] = []
+    for name in keys:
         given = raw.get(name)
         if given is not None:
             ids = given if isinstance(given, list) and (given or name == "needs") else [given]
-            return tuple((name, id if isinstance(id, str) else None) for id in ids)
-    return None
+            found += [(name, id if isinstance(id, str) else None) for id in ids]
+    return tuple(found) if any(raw.get(name) is not None for name in keys) else None

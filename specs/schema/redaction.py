@@ -20,6 +20,7 @@ FIXED = frozenset(
         ("steps", "uses"),
         ("steps", "needs"),
         ("steps", "from"),
+        ("steps", "teacher"),
         ("steps", "minimise"),
         ("steps", "maximise"),
         ("gates", "step"),

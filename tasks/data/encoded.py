@@ -159,7 +159,7 @@ class FeatureFile:
 
     def open(self) -> np.ndarray:
         """What was written, mapped."""
-        return _open(self.file)[0]["features"]
+        return open_arrays(self.file)[0]["features"]
 
 
 def save_encoded(encoded: Encoded, path: Path) -> None:
@@ -189,7 +189,7 @@ def open_encoded(path: Path) -> Encoded:
     """
     file = path / FILE
     try:
-        arrays, about = _open(file)
+        arrays, about = open_arrays(file)
         references = (
             _unpacked(arrays["reference_bytes"], arrays["reference_ends"]) if "reference_ends" in arrays else ()
         )
@@ -198,7 +198,7 @@ def open_encoded(path: Path) -> Encoded:
             **{name: arrays.get(name) for name in _ARRAYS},  # type: ignore[arg-type]
             label_names=tuple(about["label_names"]),
             references=references,
-            features=_open(file)[0]["features"] if "feature_ends" in arrays else None,
+            features=open_arrays(file)[0]["features"] if "feature_ends" in arrays else None,
             feature_input=about["feature_input"],
             feature_frames=about["feature_frames"],
             pad=about["pad"],
@@ -223,7 +223,7 @@ def _unpacked(whole: np.ndarray, ends: np.ndarray) -> tuple[str, ...]:
     return tuple(text[start:end].decode() for start, end in pairwise(starts))
 
 
-def _open(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def open_arrays(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a safetensors file, mapped, and its metadata; safetensors itself would copy every array."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -44,6 +45,17 @@ def hold_out(document: np.ndarray, share: float, rng: np.random.Generator) -> tu
     if not held.any():
         held[rng.permutation(count)[:wanted]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _divided(
+    document: np.ndarray, share: float, rng: np.random.Generator, roles: Roles | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The examples to train on and those to measure by, ascending."""
+    if roles is None:
+        return hold_out(document, share, rng)
+    known = np.flatnonzero(roles.measures)
+    held = known[hold_out(document[known], share, rng)[1]]
+    return np.flatnonzero(roles.trains & ~np.isin(roles.origin, held)), held
 
 
 def epoch_order(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -94,6 +106,22 @@ def balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.concatenate(drawn))
 
 
+@dataclass(frozen=True)
+class Roles:
+    """What each example is there for.
+
+    Args:
+        trains: whether it is learned from, bool [N].
+        measures: whether it may be held out to measure by, bool [N].
+        origin: the example that it is made from, else itself, int64 [N]. What is made from an example that is held out
+            is left out of the training.
+    """
+
+    trains: np.ndarray
+    measures: np.ndarray
+    origin: np.ndarray
+
+
 class Batches:
     """The training and validation examples of a data set, as tensors on a device.
 
@@ -104,6 +132,7 @@ class Batches:
         seed: decides the split and the order.
         device: where the tensors are.
         sampling: whether an epoch sees every training example once, or every class equally often.
+        roles: what each example is there for; default: for both.
 
     Raises:
         StepError: classes cannot be balanced in this data.
@@ -117,6 +146,7 @@ class Batches:
         seed: int,
         device: str,
         sampling: Literal["natural", "balanced"] = "natural",
+        roles: Roles | None = None,
     ) -> None:
         self.data, self.examples, self.seed, self.device = data, examples, seed, device
         self.sampling = sampling
@@ -124,7 +154,7 @@ class Batches:
             raise StepError("sampling: balanced needs one label an example; write sampling: natural")
         self.lengths = data.lengths()
         rng = np.random.default_rng([seed, _HOLDOUT_SALT])
-        self.train, self.validation = hold_out(np.asarray(data.document), share, rng)
+        self.train, self.validation = _divided(np.asarray(data.document), share, rng, roles)
         self.steps_per_epoch = -(-len(self.train) // examples)
         self._epoch = -1
         self._order: list[np.ndarray] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,16 @@ from specs.schema.steps.finetune import TrainingSpec
 from tasks.context import StepContext, StepError
 from tasks.data.encoded import Encoded
 from tasks.finetune import checkpoints
-from tasks.finetune.batches import Batches
+from tasks.finetune.batches import Batches, Roles
 from tasks.finetune.masks import Fixed, Kept, Masks, zero, zero_gradients, zeros_of
 from tasks.finetune.objective import Loss, check, task_loss, weights_of_classes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+Beside = Callable[[np.ndarray], "dict[str, Tensor]"]
+"""From the numbers of the examples of a batch to tensors by name, on the device of the training."""
 
 CURVE_POINTS = 1000
 """Points of a training curve; longer trainings are thinned to about so many."""
@@ -77,6 +80,8 @@ def train(
     *,
     loss: Loss | None = None,
     masks: Masks | None = None,
+    roles: Roles | None = None,
+    beside: Beside | None = None,
 ) -> Trained:
     """Train ``model`` in place and leave the weights of the lowest validation loss in it, in float32 and eval mode.
 
@@ -94,6 +99,8 @@ def train(
             The metric ``tokens_per_second`` counts what is written where the task writes, else what is read.
         masks: which weights are kept, the others are 0; default: with ``keep_zeros`` what is 0 in ``model`` stays 0.
             Validations count from where the masks are the last ones, so that the best weights have the final zeros.
+        roles: which examples train and which may measure; default: all do both.
+        beside: what ``loss`` is given for examples beside what the data has of them.
 
     Raises:
         StepError: the data is empty, the precision is not to be had on the device, or the loss is not finite.
@@ -102,7 +109,7 @@ def train(
         raise StepError("data.train has no examples; check its path, its fields and train_limit")
     if masks is None:
         masks = Fixed(zeros_of(model) if spec.keep_zeros else {})
-    training = _prepare(model, data, spec, ctx, loss, masks)
+    training = _prepare(model, data, spec, ctx, loss, masks, roles, beside)
     batches = training.batches
     total = spec.max_steps or max(1, math.ceil((spec.epochs or 1) * batches.steps_per_epoch))
     progress = Progress(total=total, steps_per_epoch=batches.steps_per_epoch)
@@ -178,6 +185,7 @@ class _Training:
     precision: str
     tokens: np.ndarray
     warnings: tuple[str, ...]
+    beside: Beside | None
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,8 @@ def _prepare(
     ctx: StepContext,
     loss: Loss | None,
     masks: Masks,
+    roles: Roles | None,
+    beside: Beside | None,
 ) -> _Training:
     import torch
 
@@ -215,7 +225,7 @@ def _prepare(
         weights=weights,
         masks=masks,
         kept={},
-        batches=Batches(data, spec.validation, examples, ctx.seed, ctx.device, spec.sampling),
+        batches=Batches(data, spec.validation, examples, ctx.seed, ctx.device, spec.sampling, roles),
         spec=spec,
         objective=loss or task_loss(ctx.task, family, label_smoothing=spec.label_smoothing, class_weights=counts),
         measure=task_loss(ctx.task, family, class_weights=counts),
@@ -224,6 +234,7 @@ def _prepare(
         precision=precision,
         tokens=data.lengths() if written is None else np.asarray(written).sum(axis=1, dtype=np.int64),
         warnings=warnings,
+        beside=beside,
     )
 
 
@@ -243,7 +254,10 @@ def _update(training: _Training, progress: Progress, seed: int) -> _Update:
     tokens = max(1, int(training.tokens[rows].sum()))
     total = weight = 0.0
     for at in range(0, len(rows), spec.batch_size):
-        batch = batches.tensors(rows[at : at + spec.batch_size])
+        part_rows = rows[at : at + spec.batch_size]
+        batch = batches.tensors(part_rows)
+        if training.beside is not None:
+            batch |= training.beside(part_rows)
         with _autocast(training.precision, batches.device):
             part, part_weight = training.objective(training.model, batch)
         # The weight of all parts is known only after the last; dividing by a guess keeps fp16 gradients in range.

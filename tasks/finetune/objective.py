@@ -144,15 +144,35 @@ def _target_token(
 def _ctc(
     model: nn.Module, batch: Mapping[str, Tensor], *, label_smoothing: float, class_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    losses, heard = ctc_losses(*ctc_logits(model, batch), batch["labels"], model.config.pad_token_id)  # type: ignore
+    return losses.sum(), heard.sum()
+
+
+def ctc_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits of every frame, [B, F, C], and how many frames of each recording are audio, int64 [B]."""
     import torch
 
-    labels, samples = batch["labels"], batch["input_values"]
+    samples = batch["input_values"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with _spans_that_fit(model, samples.shape[1]):
         logits = model(**inputs).logits
     mask = batch.get("attention_mask")
-    lengths = torch.full_like(labels[:, 0], samples.shape[1]) if mask is None else mask.sum(-1)
-    frames = model._get_feat_extract_output_lengths(lengths).long().clamp(max=logits.shape[1])  # type: ignore[operator]
+    lengths = torch.full((len(samples),), samples.shape[1], device=samples.device) if mask is None else mask.sum(-1)
+    return logits, model._get_feat_extract_output_lengths(lengths).long().clamp(max=logits.shape[1])  # type: ignore
+
+
+def ctc_losses(logits: Tensor, frames: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of each transcript over its length, [B], and whether the recording is long enough
+    for it, bool [B]; 0 where it is not.
+
+    Args:
+        logits: [B, F, C].
+        frames: of audio, int64 [B].
+        labels: of the transcripts, ``IGNORED`` where they are padded, int64 [B, T].
+        blank: the label of no character.
+    """
+    import torch
+
     written = labels != IGNORED
     count = written.sum(1)
     repeats = ((labels[:, 1:] == labels[:, :-1]) & written[:, 1:]).sum(1)
@@ -161,11 +181,11 @@ def _ctc(
         labels[written].cpu(),
         frames.cpu(),
         count.cpu(),
-        blank=model.config.pad_token_id,  # type: ignore[union-attr, arg-type]
+        blank=blank,
         reduction="none",
         zero_infinity=True,
     )
-    return (losses.to(logits.device) / count.clamp(min=1)).sum(), (frames >= count + repeats).sum()
+    return losses.to(logits.device) / count.clamp(min=1), frames >= count + repeats
 
 
 _LOSSES: dict[tuple[Task, Family | None], Callable[..., tuple[Tensor, Tensor]]] = {

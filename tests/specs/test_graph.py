@@ -300,7 +300,7 @@ def test_a_task_that_a_step_does_not_do(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_step_gives_is_what_its_documentation_says(kind: str) -> None:
     spec = KINDS[kind]
-    extra = {"sparsity": 0.5} if kind == "prune" else {"from": ["a"], "minimise": "size"} if kind == "select" else {}
-    made: StepSpec = spec.model_validate({"uses": kind, "id": "x", **extra})
+    extra = {"prune": {"sparsity": 0.5}, "select": {"from": ["a"], "minimise": "size"}, "distill": {"teacher": "t"}}
+    made: StepSpec = spec.model_validate({"uses": kind, "id": "x", **extra.get(kind, {})})
     for taken in spec.takes:
         assert made.gives((taken,)) in spec.makes

@@ -94,7 +94,7 @@ def test_mistake_has_its_place_and_remedy(case: str, tmp_path: Path) -> None:
         ("task: text-classification\n", "name:", "task", "text-generation"),
         ("from: [cpu, npu], ", "{id: best", "steps.best.from", "from: [cpu, npu]"),
         ("id: slim, ", "{uses: prune", "steps[1].id", "id: student"),
-        ("uses: prune, ", "{id: slim", "steps.slim.uses", "finetune, prune"),
+        ("uses: prune, ", "{id: slim", "steps.slim.uses", "known: finetune, "),
     ],
 )
 def test_a_missing_key_is_shown_at_the_mapping_around_it(

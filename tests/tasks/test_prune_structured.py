@@ -494,8 +494,14 @@ def test_the_table_says_what_a_family_has_not():
     [
         ({"method": "width"}, "method width needs `keep`; write for example keep: 50%"),
         ({"method": "threshold"}, "method threshold needs `threshold`; write for example threshold: 0.02"),
-        ({"method": "depth", "keep": 0.5, "parts": ["ffn"]}, "method depth takes no `parts`; leave it out, or write method: width"),
-        ({"sparsity": 0.5, "keep": 0.5}, "method magnitude takes no `keep`; leave it out, or write method: width or depth"),
+        (
+            {"method": "depth", "keep": 0.5, "parts": ["ffn"]},
+            "method depth takes no `parts`; leave it out",
+        ),
+        (
+            {"sparsity": 0.5, "keep": 0.5},
+            "takes no `keep`; leave it out, or write method: width or depth",
+        ),
         ({"method": "vocabulary", "keep": 0.5}, "method vocabulary takes no `keep`"),
         ({"method": "width", "keep": "100%"}, "neither of them prunes; write for example 50%, 5M or 8 ms"),
         ({"method": "width", "keep": 0}, "neither of them prunes"),

@@ -19,6 +19,7 @@ class SelectSpec(StepSpec):
     makes: ClassVar[tuple[Kind, ...]] = ("model", "packed", "export")
     heavy: ClassVar[bool] = False
     judges: ClassVar[bool] = True
+    names_steps: ClassVar[tuple[str, ...]] = ("from",)
 
     uses: Literal["select"]
     from_: Needs = Field(alias="from", min_length=1, description="the steps to choose from", examples=["[cpu, npu]"])
