@@ -213,7 +213,7 @@ def _calibrated(
 ) -> dict[str, Tensor]:
     """Prune by data, in place; the masks."""
     from tasks.compress.calibrate import sample
-    from tasks.compress.calibrated import by_sparsegpt, by_wanda, prune_by_data
+    from tasks.compress.prune_by_data import by_sparsegpt, by_wanda, prune_by_data
 
     pattern = kept_of(spec.pattern) if spec.pattern else None
     if spec.method == "wanda":

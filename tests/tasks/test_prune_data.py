@@ -12,8 +12,8 @@ from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec, kept_of
 from tasks.compress import semi_structured
 from tasks.compress.calibrate import observe
-from tasks.compress.calibrated import by_sparsegpt, by_wanda, prune_by_data
 from tasks.compress.prune import look, prune
+from tasks.compress.prune_by_data import by_sparsegpt, by_wanda, prune_by_data
 from tasks.compress.unstructured import NO_GAIN, _gain, check, no_gain, plan, prunable, prunable_layers
 from tasks.compress.walk import stages, walk
 from tasks.context import StepError

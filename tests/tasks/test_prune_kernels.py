@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.compress.calibrated import by_sparsegpt, by_wanda
 from tasks.compress.masks import pattern_mask, row_mask, score_masks
+from tasks.compress.prune_by_data import by_sparsegpt, by_wanda
 from tasks.compress.sparsegpt import sparsegpt
 from tasks.context import StepError
 
