@@ -195,12 +195,13 @@ def ranges_of(
 def share_outside(
     network: nn.Module, ranges: Mapping[str, tuple[float, float]], data: Encoded, scales: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Share of the inputs of each layer that lie outside its range, for other examples."""
+    """Share of the inputs of each layer that lie outside its range by more than a tenth of it, for other examples."""
     outside, count = dict.fromkeys(ranges, 0), dict.fromkeys(ranges, 0)
 
     def see(name: str, x: Tensor) -> None:
         low, high = ranges[name]
-        outside[name] += int(((x < low) | (x > high)).sum())
+        more = 0.1 * (high - low)
+        outside[name] += int(((x < low - more) | (x > high + more)).sum())
         count[name] += x.numel()
 
     hooks = undivided(network, scales)

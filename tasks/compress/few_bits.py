@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from tasks.data.encoded import Encoded
 
 MOST_CLIPPED = {"weights": 0.05, "activations": 0.01}
-"""Share of a layer's weights more than a step, and of its activations by anything, outside what the integers reach:
-a layer with more is saturated."""
+"""Share of a layer's weights that lie more than a step outside what its integers reach, and of its activations that lie
+outside by more than a tenth of their range: a layer with more is saturated."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,9 @@ def _bits(
         weight = rows_of(network, selection, names[0])
         # Where AWQ's scale goes is known only later: space is kept for it in every layer.
         kept = 4 * weight.shape[1] if spec.algorithm == "awq" and names[0] in selection.layers else 0
-        sizes[names[0]] = {bits: kept + _stored_bytes(spec, weight, bits) for bits in measured[names[0]]}
-    chosen = sensitivity.assign(measured, sizes, _fixed_bytes(network, selection), spec.mixed.budget)
+        sizes[names[0]] = {bits: kept + stored_bytes(spec, weight, bits) for bits in measured[names[0]]}
+    fixed = fixed_bytes(network, selection, 3 if spec.algorithm == "awq" else 2)
+    chosen = sensitivity.assign(measured, sizes, fixed, spec.mixed.budget)
     return {name: chosen[names[0]] for names in selection.units.values() for name in names}
 
 
@@ -226,22 +227,35 @@ def _as_stored(spec: QuantizeSpec, weight: Tensor, bits: int) -> Tensor:
     return weight.half().float() if bits == 16 else round_to(weight, bits, spec.group(bits)).weight
 
 
-def _stored_bytes(spec: QuantizeSpec, weight: Tensor, bits: int) -> int:
+def stored_bytes(spec: QuantizeSpec, weight: Tensor, bits: int) -> int:
+    """Bytes of what the file will hold of a weight, its header apart."""
     stored = weight_only.tensors_of(weight if bits == 16 else round_to(weight, bits, spec.group(bits)))
     return sum(tensor.nbytes for tensor in stored.values())
 
 
-def _fixed_bytes(network: nn.Module, selection: Selection) -> int:
-    """Bytes of the file beside the selected weights: the other tensors, and as much header as any bits may need."""
-    packed_names = {f"{name}.weight" if name else "weight" for name in selection.names}
-    header, other, seen = 8 + 64, 0, set()
+def fixed_bytes(network: nn.Module, selection: Selection, tensors: int = 3) -> int:
+    """Bytes of the file beside the selected weights: the other tensors, and as much header as any bits may need.
+
+    Args:
+        network: a float model.
+        selection: what is packed.
+        tensors: how many may stand for a weight: codes, their scale and that of the inputs.
+    """
+    names: dict[Any, list[str]] = {}
+    found: dict[Any, Tensor] = {}
     for name, tensor in network.state_dict().items():
-        # Three tensors may stand for a weight: codes, their scale and that of the inputs; offsets have 13 digits.
-        parts = 3 if name in packed_names else 1
-        header += parts * (len(name.encode()) + 8 + 100)
-        if name not in packed_names and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            other += tensor.nbytes
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+        names.setdefault(place, []).append(name)
+        found[place] = tensor
+    total = sum(tensor.nbytes for tensor in found.values())
+    chosen = {f"{name}.weight" if name else "weight" for name in selection.names}
+    header, other = 8 + 7 + len('{"__metadata__":{"format":"pt"},}'), 0
+    for place, tensor in found.items():
+        longest = max(names[place], key=len)  # of tied tensors one is stored, by one of their names
+        entry = f'"{longest}":{{"dtype":"BF16","shape":{list(tensor.shape)},"data_offsets":[{total},{total}]}},'
+        packs = bool(chosen.intersection(names[place]))  # weight_int8 and weight_scale are longer than weight
+        header += tensors * (len(entry.encode()) + len("_scale")) if packs else len(entry.encode())
+        other += 0 if packs else tensor.nbytes
     return header + other
 
 

@@ -89,7 +89,7 @@ def assign(
         least = fixed + sum(min(sizes[name].values()) for name in names)
         raise StepError(
             f"mixed: a budget of {budget} bytes is not to be had: with 4 bits everywhere the file takes {least} bytes, "
-            f"{fixed} of them for what stays float; write budget: {-(-least // 1024)} KiB or more, or prune first"
+            f"{fixed} of them for what stays as it is; write budget: {-(-least // 1024)} KiB or more, or prune first"
         )
     return {name: list(sizes[name])[option] for name, option in zip(names, chosen, strict=True)}
 

@@ -152,6 +152,7 @@ def _classes() -> tuple[Any, Any]:
         ) -> None:
             super().__init__()
             _hold(self, tensors, columns, group)
+            self.out_features, self.in_features = len(next(iter(tensors.values()))), columns
             self.register_buffer("bias", bias)
             self.register_buffer("input_scale", input_scale)
             self._expanded: Tensor | None = None
@@ -174,6 +175,7 @@ def _classes() -> tuple[Any, Any]:
         ) -> None:
             super().__init__()
             _hold(self, tensors, columns, group)
+            self.num_embeddings, self.embedding_dim = len(next(iter(tensors.values()))), columns
             self.padding_idx = padding_idx
             self.factor = factor
 
