@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def choose(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int] | None:
     """The multiple-choice knapsack, solved exactly: one option of each layer, least cost, bytes within the budget.
@@ -20,26 +22,24 @@ def choose(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[
     """
     least = [min(size for size, _ in choices) for choices in options]
     behind = [sum(least[layer + 1 :]) for layer in range(len(options))]
-    totals: list[tuple[int, float]] = [(0, 0.0)]
-    steps: list[list[tuple[int, int]]] = []
+    sizes, costs = np.zeros(1, np.int64), np.zeros(1)
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
     for layer, choices in enumerate(options):
-        reached = sorted(
-            (size + more, cost + extra, number, option)
-            for number, (size, cost) in enumerate(totals)
-            for option, (more, extra) in enumerate(choices)
-            if size + more + behind[layer] <= budget
-        )
-        kept, lowest = [], float("inf")
-        for size, cost, number, option in reached:
-            if cost < lowest:
-                lowest = cost
-                kept.append((size, cost, number, option))
-        if not kept:
+        size = np.concatenate([sizes + more for more, _ in choices])
+        cost = np.concatenate([costs + extra for _, extra in choices])
+        number = np.tile(np.arange(len(sizes)), len(choices))
+        option = np.repeat(np.arange(len(choices)), len(sizes))
+        order = np.lexsort((cost, size))
+        order = order[size[order] + behind[layer] <= budget]
+        if not len(order):
             return None
-        totals = [(size, cost) for size, cost, _, _ in kept]
-        steps.append([(number, option) for _, _, number, option in kept])
-    chosen, at = [], len(totals) - 1
-    for layer in reversed(range(len(options))):
-        at, option = steps[layer][at]
-        chosen.append(option)
+        lowest = np.minimum.accumulate(cost[order])
+        beats = np.concatenate([[True], cost[order][1:] < lowest[:-1]])
+        kept = order[beats]
+        sizes, costs = size[kept], cost[kept]
+        steps.append((number[kept], option[kept]))
+    chosen, at = [], len(sizes) - 1
+    for number, option in reversed(steps):
+        chosen.append(int(option[at]))
+        at = number[at]
     return chosen[::-1]

@@ -157,8 +157,6 @@ def main() -> None:
         return size
 
     sizes = {name: judge(name, fields) for name, fields in UNIFORM.items()}
-    training = {"max_steps": 50, "batch_size": 16, "learning_rate": 3e-4, "validation": 0.01, "eval_steps": 25}
-    judge("int4, per row, trained 50 steps", {"precision": "int4", "group_size": "per-row", "train": training})
     middle = (sizes["int4, groups of 32, rtn"] + sizes["int8"]) // 2
     budgets = {"int4 g32": sizes["int4, groups of 32, rtn"], "the middle": middle, "int8": sizes["int8"]}
     for what, budget in budgets.items():
@@ -168,6 +166,8 @@ def main() -> None:
     in_order(trained, out, middle)
     ours = losses(out, windows)[0]
     print(row("8 bits in order, then 4, bytes of the middle", weight_bytes(out), ours, float_losses, tokens, 0))
+    training = {"max_steps": 50, "batch_size": 16, "learning_rate": 3e-4, "validation": 0.01, "eval_steps": 25}
+    judge("int4, per row, trained 50 steps", {"precision": "int4", "group_size": "per-row", "train": training})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,6 +27,7 @@ def _naive(weight, bits, group):
     return found
 
 
+@settings(deadline=None, max_examples=40)
 @given(bits=st.sampled_from([4, 8]), group=st.sampled_from([None, 32, 64]), **shapes)
 def test_rounding_is_what_it_says(bits, group, rows, columns, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -52,6 +53,7 @@ def test_by_hand():
     assert groups.scale.tolist() == [[1.0, 2.0]]
 
 
+@settings(deadline=None, max_examples=40)
 @given(**shapes)
 def test_two_to_a_byte_and_back(rows, columns, seed):
     codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
