@@ -143,7 +143,8 @@ def main() -> None:
     if given.train_only:
         return
     windows = encode(data, "eval", "text-generation", trained, given.work / "store")
-    windows = windows.take(np.flatnonzero(windows.lengths() == windows.length)[: given.windows])
+    whole = np.flatnonzero(windows.lengths() == windows.length)  # evenly over the whole text
+    windows = windows.take(whole[np.linspace(0, len(whole) - 1, min(given.windows, len(whole))).astype(int)])
     float_losses, tokens = losses(trained, windows)
     print(f"\n{len(windows)} windows of {tokens + 1} tokens; float32, {weight_bytes(trained) / 1000:.0f} kB, ", end="")
     print(f"perplexity {np.exp(float_losses.mean() / tokens):.3f}\n")
@@ -165,7 +166,10 @@ def main() -> None:
     out = place("in order").out
     in_order(trained, out, middle)
     ours = losses(out, windows)[0]
-    print(row("8 bits in order, then 4, bytes of the middle", weight_bytes(out), ours, float_losses, tokens, 0))
+    print(
+        row("8 bits in order, then 4, bytes of the middle", weight_bytes(out), ours, float_losses, tokens, 0),
+        flush=True,
+    )
     training = {"max_steps": 50, "batch_size": 16, "learning_rate": 3e-4, "validation": 0.01, "eval_steps": 25}
     judge("int4, per row, trained 50 steps", {"precision": "int4", "group_size": "per-row", "train": training})
 
