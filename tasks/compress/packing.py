@@ -117,7 +117,7 @@ def _bias(network: nn.Module, name: str) -> Tensor | None:
 
 
 def _inverse(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else 1 / scale.float()
+    return None if scale is None else 1 / scale.float().cpu()
 
 
 def _all_there(network: nn.Module, selection: Selection) -> None:
