@@ -147,7 +147,7 @@ def snippet(kind: str, folder: Path, task: Task) -> str:
             f"from ai_edge_litert.interpreter import Interpreter\nmodel = Interpreter({str(folder / 'model.tflite')!r})"
         )
     if kind == "packed":
-        return f"from tasks.models import load\nmodel = load({str(folder)!r})  # packed int8 is Lathe's own format"
+        return f"from tasks.models import load\nmodel = load({str(folder)!r})  # packed integers are Lathe's own format"
     extras = read_extras(folder)
     if extras.transforms or extras.aliases:
         return f"from tasks.models import load\nmodel = load({str(folder)!r})  # {FILE} in it is Lathe's own"

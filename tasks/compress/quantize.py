@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specs.schema.base import Task
 from specs.schema.steps.quantize import QuantizeSpec
-from specs.schema.suggest import nearest
-from tasks.compress import packed
 from tasks.compress.calibrate import outputs
+from tasks.compress.few_bits import few_bits
+from tasks.compress.selection import check_finite, reasons
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step
 
@@ -23,176 +22,90 @@ CHECKED_EXAMPLES = 8
 
 LARGE_ERROR = 0.1
 
+NO_SPEED = (
+    "weights alone in few bits make the file smaller and not the model faster: on a CPU they are expanded to float32 "
+    "when first used; int8-dynamic and an export compute with integers"
+)
 
-@step(QuantizeSpec, libraries=("numpy", "tokenizers", "torch", "transformers"))
+
+def warn(spec: QuantizeSpec, config: Mapping[str, Any], task: Task, max_length: int) -> tuple[list[str], list[str]]:
+    """What stops a quantization, and what the plan says of it, before it is done."""
+    from tasks.models.patterns import PATTERNS
+
+    problems, kind = [], str(config.get("model_type"))
+    if spec.algorithm != "rtn" and kind not in PATTERNS:
+        problems.append(
+            f"algorithm: {spec.algorithm} goes through a model block by block, and the parts of {kind} models are not "
+            f"described; write algorithm: rtn, or take one of {', '.join(sorted(PATTERNS))}"
+        )
+    return problems, [NO_SPEED] if spec.weight_only else []
+
+
+@step(QuantizeSpec, libraries=("numpy", "tokenizers", "torch", "transformers"), preflight=warn)
 def quantize(model: Artifact, *, spec: QuantizeSpec, ctx: StepContext) -> StepResult:
-    """Store the model's weights as int8 with one scale a row, or as fp16 or bf16.
+    """Store the model's weights in fewer bits.
 
     Args:
         model: a Hugging Face folder.
-        spec: the precision, and what stays as it is.
-        ctx: where, and the training data on which the error is measured.
+        spec: how many bits, how they are found, and what stays as it is.
+        ctx: where, and the training data that calibrates and on which the error is measured.
 
     Raises:
-        StepError: a pattern in ``skip`` matches nothing, no layer can be converted, a weight does not fit the type, or
-            the file did not shrink.
+        StepError: a pattern in ``skip`` matches nothing, no layer can be converted, a weight is not finite or does not
+            fit the type, a layer saturates, the file did not shrink or is above the budget, or the outputs are further
+            from the float model's than ``error`` allows.
     """
     from tasks.data import encode
     from tasks.models import load, save
+    from tasks.models.transforms import read_extras
 
-    if spec.skip and spec.precision != "int8-dynamic":
-        raise StepError(f"skip does not go with precision: {spec.precision}, which converts the whole file")
     network = load(model.path)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            check_finite(name, tensor)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store).take(slice(0, CHECKED_EXAMPLES))
     before = outputs(network, data)
-    if spec.precision == "int8-dynamic":
-        plan = plan_int8(network, spec.skip, spec.embeddings)
-        if not plan.layers:
-            raise StepError(f"quantize found no linear layer to convert: {_reasons(plan.left)}")
-        packed_network, entry = pack(network, plan)
-        save(packed_network, ctx.out, tokenizer_from=model.path, transforms=[entry])
-        touched, left = (*plan.layers, *plan.embeddings), plan.left
-        summary = f"converted {len(plan.layers)} of {plan.linear} linear layers"
-        summary += f" and {len(plan.embeddings)} of {plan.tables} embeddings to int8"
-        properties: dict[str, Any] = {"reduced_activation_range": packed.reduced_range()}
+    earlier, properties, warnings = read_extras(model.path).transforms, {}, []
+    if spec.halves:
+        touched, left = halve(network, spec.stored), {}
+        save(network, ctx.out, tokenizer_from=model.path, transforms=earlier, compute_dtype="float32")
+        summary = f"stored {len(touched)} tensors as {spec.stored}"
     else:
-        touched, left = halve(network, spec.precision), {}
-        save(network, ctx.out, tokenizer_from=model.path, compute_dtype="float32")
-        summary = f"stored {len(touched)} tensors as {spec.precision}"
-        properties = {}
+        made = few_bits(network, model, data, spec, ctx)
+        save(made.network, ctx.out, tokenizer_from=model.path, transforms=[*earlier, made.entry])
+        for name, content in made.files.items():
+            (ctx.out / name).write_bytes(content)
+        touched, left, summary = made.touched, made.left, made.summary
+        properties, warnings = dict(made.properties), list(made.warnings)
     sizes = weight_bytes(model.path), weight_bytes(ctx.out)
+    if spec.mixed is not None and sizes[1] > spec.mixed.budget:
+        raise StepError(
+            f"mixed: the file takes {sizes[1]} bytes, above the budget of {spec.mixed.budget}: scales that fp16 cannot "
+            f"hold take more than was planned; write budget: {-(-sizes[1] // 1024)} KiB, or algorithm: rtn"
+        )
     if sizes[1] >= sizes[0]:
         raise StepError(
-            f"the weights take {sizes[1]} bytes as {spec.precision} and took {sizes[0]} before; they are stored in as "
+            f"the weights take {sizes[1]} bytes as {spec.stored} and took {sizes[0]} before; they are stored in as "
             "few bits already, or too little was converted: leave this step out"
         )
     error = relative_error(before, outputs(load(ctx.out), data))
-    warnings = []
-    if not error <= LARGE_ERROR:
-        warnings.append(
-            f"the outputs differ from the float model's by {error:.1%} on {len(data)} training examples; keep "
-            "sensitive layers as they are with skip, or use fp16"
-        )
+    warnings += _judge(error, len(data), spec)
     if left:
-        summary += f"; {_reasons(left)}"
+        summary += f"; {reasons(left)}"
     return StepResult(
-        kind="packed" if spec.precision == "int8-dynamic" else "model",
+        kind="model" if spec.halves else "packed",
         touched=touched,
         left=left,
         summary=f"{summary}; weights {sizes[0] / 1e6:.3g} -> {sizes[1] / 1e6:.3g} MB, output error {error:.2%}",
         properties=properties
         | {
-            "precision": spec.precision,
+            "precision": spec.stored,
             "output_error": error,
             "weight_bytes": sizes[1],
             "weight_bytes_before": sizes[0],
         },
         warnings=tuple(warnings),
     )
-
-
-@dataclass(frozen=True)
-class Int8Plan:
-    """Names of the linear layers and embeddings to pack, what is left with the reason, and how many there are.
-
-    ``owner`` gives for each of them the parameter that holds its weights: those of one owner share their integers.
-    ``factors`` are what the rows of each table are multiplied with.
-    """
-
-    layers: tuple[str, ...]
-    embeddings: tuple[str, ...]
-    left: Mapping[str, str]
-    owner: Mapping[str, str]
-    linear: int
-    tables: int
-    transposed: frozenset[str] = field(default=frozenset())
-    factors: Mapping[str, float] = field(default_factory=dict)
-
-
-def plan_int8(network: nn.Module, skip: Sequence[str] = (), tables: bool = True) -> Int8Plan:
-    """Decide what becomes int8. Modules that share a weight are packed together or not at all: were one of them packed
-    alone, the other would need the float weight as well, and the file would grow.
-
-    Args:
-        network: a float model.
-        skip: shell-style patterns of module names that stay as they are.
-        tables: whether embeddings are packed.
-
-    Raises:
-        StepError: a pattern matches no linear layer and no embedding.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    from tasks.models.layout import embeddings, linear_layers, tied_weights
-
-    linear, found_tables = linear_layers(network), embeddings(network)
-    modules: dict[str, Any] = {found.name: found.module for found in (*linear, *found_tables)}
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise StepError(f"skip: {pattern!r} matches no linear layer and no embedding; {nearest(pattern, modules)}")
-    ties = tied_weights(network)
-    owner = {name: ties.get(_weight(name), _weight(name)) for name in modules}
-    rows_times = {table.name: table.factor for table in found_tables}
-    left: dict[str, str] = {}
-    for name, module in modules.items():
-        pattern = next((pattern for pattern in skip if fnmatchcase(name, pattern)), None)
-        if pattern is not None:
-            left[name] = f"skip: {pattern}"
-        elif type(module) not in (nn.Linear, Conv1D) and rows_times.get(name) is None:
-            left[name] = f"{type(module).__name__} may use its weight in other ways"
-        elif name in rows_times and not tables:
-            left[name] = "embeddings: false"
-        elif module.weight.is_meta or not module.weight.is_floating_point():
-            left[name] = f"its weight is {module.weight.dtype}"
-    kept = {owner[name]: name for name in left}
-    for name in modules:
-        if name not in left and owner[name] in kept:
-            left[name] = f"tied to {kept[owner[name]]}, which stays float"
-    return Int8Plan(
-        layers=tuple(layer.name for layer in linear if layer.name not in left),
-        embeddings=tuple(table.name for table in found_tables if table.name not in left),
-        left=left,
-        owner=owner,
-        linear=len(linear),
-        tables=len(found_tables),
-        transposed=frozenset(layer.name for layer in linear if layer.kind == "conv1d"),
-        factors={name: factor for name, factor in rows_times.items() if factor is not None},
-    )
-
-
-def pack(network: nn.Module, plan: Int8Plan) -> tuple[nn.Module, dict[str, Any]]:
-    """Carry out ``plan`` in place.
-
-    Returns:
-        The model (another one only where the model itself was the layer), and the transform that ``load`` replays.
-    """
-    rows: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
-    entry: dict[str, Any] = {"name": packed.NAME, "layers": {}, "embeddings": {}}
-
-    def integers(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        transposed = name in plan.transposed
-        place = (plan.owner[name], transposed)
-        if place not in rows:
-            rows[place] = packed.quantize_rows(weight.T.contiguous() if transposed else weight)
-        return rows[place]
-
-    for name in plan.embeddings:
-        table: Any = network.get_submodule(name)
-        weight, scale = integers(name, table.weight)
-        factor = plan.factors[name]
-        network = packed.put(network, name, packed.packed_embedding(weight, scale, table.padding_idx, factor))
-        entry["embeddings"][name] = {"shape": list(weight.shape), "factor": factor}
-    for name in plan.layers:
-        layer: Any = network.get_submodule(name)
-        weight, scale = integers(name, layer.weight)
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        network = packed.put(network, name, packed.packed_linear(weight, scale, bias))
-        entry["layers"][name] = {"shape": list(weight.shape), "bias": bias is not None}
-    converted = sum(packed.is_packed(module) for module in network.modules())
-    if converted != len(plan.layers) + len(plan.embeddings):
-        raise RuntimeError(f"{converted} layers were packed of {len(plan.layers) + len(plan.embeddings)} planned")
-    return network, entry
 
 
 def halve(network: nn.Module, precision: str) -> tuple[str, ...]:
@@ -225,11 +138,18 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _weight(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
+def _judge(error: float, examples: int, spec: QuantizeSpec) -> list[str]:
+    """What to say of the error; training moves the outputs for the better, so that there only a stated bound counts.
 
-
-def _reasons(left: Mapping[str, str]) -> str:
-    shown = [f"{name}: {reason}" for name, reason in list(left.items())[:3]]
-    more = len(left) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    Raises:
+        StepError: it is above the bound that the spec states.
+    """
+    remedy = "keep sensitive layers as they are with skip (sensitivity: true shows which), or use more bits"
+    if spec.weight_only and spec.algorithm == "rtn":
+        remedy = f"algorithm: gptq may do, or a smaller group_size; {remedy}"
+    differs = f"the outputs differ from the float model's by {error:.1%} on {examples} training examples"
+    if spec.error is not None:
+        if not error <= spec.error.at_most:
+            raise StepError(f"{differs}, and error allows {spec.error.at_most:.3g} of 1 at most; {remedy}")
+        return []
+    return [] if error <= LARGE_ERROR or spec.train is not None else [f"{differs}; {remedy}"]

@@ -29,7 +29,10 @@ _SAFETENSORS = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-_AUXILIARY = re.compile(r"(^|[._])(scales?|zero_points?)$")
+_AUXILIARY = re.compile(r"(^|[._])(scales?|zero_points?|input_range)$")
+_PAIRS = "weight_int4"
+"""How a tensor's name ends that holds two codes of 4 bits a byte, each 8 more than its number."""
+
 _CHUNK = 1 << 24
 
 
@@ -75,6 +78,7 @@ def of_model(folder: Path) -> Footprint:
             dtypes[dtype] = dtypes.get(dtype, 0) + raw.nbytes
             counted = dtype.startswith(("float", "bfloat")) or dtype in ("int8", "uint8")
             if counted and not _AUXILIARY.search(name):
+                raw = _halves(raw) if name.endswith(_PAIRS) else raw
                 parameters += raw.size
                 nonzero += _nonzero(raw, floating="float" in dtype)
     size = sum(path.stat().st_size for path in weights)
@@ -111,6 +115,11 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, np.ndarray]]:
         start, end = entry["data_offsets"]
         dtype, width = _SAFETENSORS.get(entry["dtype"], (entry["dtype"].lower(), 1))
         yield name, dtype, np.asarray(data[start:end]).view(f"u{width}")
+
+
+def _halves(packed: np.ndarray) -> np.ndarray:
+    """Both codes of every byte, 0 for 0."""
+    return np.concatenate([packed & 15, packed >> 4]) ^ 8
 
 
 def _nonzero(bits: np.ndarray, *, floating: bool) -> int:

@@ -15,8 +15,11 @@ from specs.schema.steps.finetune import TrainingSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress import packed
+from tasks.compress.calibrate import outputs
+from tasks.compress.packing import pack_int8
 from tasks.compress.prune import prune
-from tasks.compress.quantize import outputs, pack, plan_int8, quantize, relative_error
+from tasks.compress.quantize import quantize, relative_error
+from tasks.compress.selection import select
 from tasks.compress.unstructured import prunable
 from tasks.data import encode
 from tasks.models import load, save
@@ -138,13 +141,13 @@ def test_a_scaled_embedding_stays_scaled(tmp_path, family):
     table: Any = model.get_submodule("model.encoder.embed_tokens")
     ids = torch.tensor([[4, 5, 300]])
     expected = table(ids)
-    plan = plan_int8(model)
+    plan = select(model)
     assert plan.factors["model.encoder.embed_tokens"] == pytest.approx(32**0.5 if family == "bart" else 1)
     given = {**inputs(family), "labels": torch.tensor([[5, 6, 2]] * 3)}
     exact = rounded(model, (*plan.layers, *plan.embeddings))
     with torch.no_grad():
         reference = exact(**given).logits
-        changed, entry = pack(model, plan)
+        changed, entry = pack_int8(model, plan)
         assert torch.allclose(changed.get_submodule("model.encoder.embed_tokens")(ids), expected, atol=0.1)
         save(changed, tmp_path / "int8", transforms=[entry])
         assert relative_error(reference, load(tmp_path / "int8")(**given).logits) < 0.1

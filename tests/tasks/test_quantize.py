@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from tasks.compress import packed
-from tasks.compress.quantize import halve, outputs, pack, plan_int8, relative_error, weight_bytes
+from tasks.compress.calibrate import outputs
+from tasks.compress.packing import pack_int8
+from tasks.compress.quantize import halve, relative_error, weight_bytes
+from tasks.compress.selection import select
 from tasks.context import StepError
 from tasks.models import load, save
 from tests.tasks import tiny
@@ -83,9 +86,9 @@ def test_every_linear_and_table_is_packed_and_survives_the_file(tmp_path, kind, 
     data = _data(kind)
     reference = outputs(model, data)
     save(model, tmp_path / "float")
-    plan = plan_int8(model)
+    plan = select(model)
     assert (len(plan.layers), len(plan.embeddings), plan.left) == (linear, tables, {})
-    model, entry = pack(model, plan)
+    model, entry = pack_int8(model, plan)
     modules = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
     assert modules == []
     save(model, tmp_path / "int8", transforms=[entry])
@@ -115,13 +118,13 @@ def test_logits_are_those_of_a_model_with_rounded_weights(kind):
                 integers, scale = packed.quantize_rows(module.weight.T if conv else module.weight)
                 value = integers * scale[:, None]
                 module.weight.copy_(value.T if conv else value)
-    packed_model, _ = pack(model, plan_int8(model))
+    packed_model, _ = pack_int8(model, select(model))
     assert relative_error(outputs(rounded, data), outputs(packed_model, data)) < 0.02
 
 
 def test_padding_and_other_examples_hardly_change_the_logits():
     model = tiny.network("bert")
-    model, _ = pack(model, plan_int8(model))
+    model, _ = pack_int8(model, select(model))
     data = _data("bert")
     together = outputs(model, data)
     alone = torch.cat([outputs(model, data.take(slice(at, at + 1))) for at in range(8)])
@@ -130,9 +133,9 @@ def test_padding_and_other_examples_hardly_change_the_logits():
 
 def test_a_model_that_is_itself_a_linear_layer_is_converted():
     layer = torch.nn.Linear(16, 8)
-    plan = plan_int8(layer)
+    plan = select(layer)
     assert plan.layers == ("",)
-    model, entry = pack(layer, plan)
+    model, entry = pack_int8(layer, plan)
     assert packed.is_packed(model)
     assert entry["layers"] == {"": {"shape": [8, 16], "bias": True}}
     x = torch.randn(3, 16)
@@ -142,7 +145,7 @@ def test_a_model_that_is_itself_a_linear_layer_is_converted():
 def test_conv1d_is_transposed():
     model = tiny.network("gpt2")
     expected = model.transformer.h[0].mlp.c_fc(torch.ones(1, 32))
-    model, entry = pack(model, plan_int8(model))
+    model, entry = pack_int8(model, select(model))
     assert entry["layers"]["transformer.h.0.mlp.c_fc"] == {"shape": [128, 32], "bias": True}
     assert relative_error(expected, model.transformer.h[0].mlp.c_fc(torch.ones(1, 32))) < 0.02
 
@@ -153,10 +156,10 @@ def test_without_embeddings_a_tied_head_stays_float_and_tied(tmp_path, kind):
 
     model = tiny.network(kind, tie_word_embeddings=True)
     table = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}[kind]
-    plan = plan_int8(model, tables=False)
+    plan = select(model, tables=False)
     assert plan.left["lm_head"] == f"tied to {table}, which stays float"
     assert plan.left[table] == "embeddings: false"
-    model, entry = pack(model, plan)
+    model, entry = pack_int8(model, plan)
     save(model, tmp_path, transforms=[entry])
     stored = load_file(tmp_path / "model.safetensors")
     assert sum(tensor.shape == (64, 32) and tensor.dtype == torch.float32 for tensor in stored.values()) == 1
@@ -165,7 +168,7 @@ def test_without_embeddings_a_tied_head_stays_float_and_tied(tmp_path, kind):
 
 
 def test_a_skipped_head_keeps_the_table_it_is_tied_to():
-    plan = plan_int8(tiny.network("llama", tie_word_embeddings=True), skip=("lm_head", "*.q_proj"))
+    plan = select(tiny.network("llama", tie_word_embeddings=True), skip=("lm_head", "*.q_proj"))
     assert plan.left == {
         "lm_head": "skip: lm_head",
         "model.layers.0.self_attn.q_proj": "skip: *.q_proj",
@@ -177,14 +180,14 @@ def test_a_skipped_head_keeps_the_table_it_is_tied_to():
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name():
     with pytest.raises(StepError, match=r"skip: 'lm_heed' matches no linear layer.*did you mean lm_head\?"):
-        plan_int8(tiny.network("llama"), skip=("lm_heed",))
+        select(tiny.network("llama"), skip=("lm_heed",))
 
 
 def test_a_subclass_of_linear_is_left_with_the_reason():
     class Special(torch.nn.Linear):
         pass
 
-    plan = plan_int8(torch.nn.Sequential(torch.nn.Linear(4, 4), Special(4, 4)))
+    plan = select(torch.nn.Sequential(torch.nn.Linear(4, 4), Special(4, 4)))
     assert plan.layers == ("0",)
     assert plan.left == {"1": "Special may use its weight in other ways"}
 
