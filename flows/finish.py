@@ -21,6 +21,7 @@ from tasks.evaluate.footprint import files
 from tasks.evaluate.gates import Verdict, judge, overall
 from tasks.evaluate.report import build_report
 from tasks.evaluate.summary import RunStatus, RunSummary, StepRow, rows
+from tasks.export.runtime import first_file, runtime_of
 from tasks.journal import read
 from tasks.models.applications import auto_name
 from tasks.models.load import read_config
@@ -143,9 +144,8 @@ def _by_size(folder: Path) -> dict[str, int]:
 def snippet(kind: str, folder: Path, task: Task) -> str:
     """Python that loads an artifact: without Lathe where its format allows, else with it, and then it says why."""
     if kind == "export":
-        return (
-            f"from ai_edge_litert.interpreter import Interpreter\nmodel = Interpreter({str(folder / 'model.tflite')!r})"
-        )
+        file = first_file(folder) or folder
+        return runtime_of(file).snippet.format(repr(str(file)))
     if kind == "packed":
         return f"from tasks.models import load\nmodel = load({str(folder)!r})  # packed integers are Lathe's own format"
     extras = read_extras(folder)

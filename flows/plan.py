@@ -18,7 +18,7 @@ from specs.schema.load import LoadedSpec
 from specs.schema.pipeline import PipelineSpec
 from specs.schema.suggest import nearest
 from tasks.artifacts import Store
-from tasks.conditions import conditions, evaluation_key
+from tasks.conditions import DERIVED, conditions, evaluation_key
 from tasks.context import Artifact
 from tasks.keys import digest_json, explain, step_key
 from tasks.registry import find
@@ -253,7 +253,7 @@ class _Planner:
         return self.store.find(key) is not None
 
     def _reference(self, node: Node, artifact: Artifact) -> str | None:
-        if artifact.kind != "export":
+        if artifact.kind not in DERIVED:
             return None
         for name in node.inputs:
             taken = self.artifacts.get(name)

@@ -8,7 +8,10 @@ from typing import Any
 from specs.schema.pipeline import PipelineSpec
 from tasks.keys import digest_json, library_versions, machine, source_digest
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "ai-edge-litert", "sacrebleu", "jiwer")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "ai-edge-litert", "onnxruntime", "sacrebleu", "jiwer")
+
+DERIVED = ("packed", "export")
+"""Kinds that are compared with the torch model that they were made from."""
 
 
 def conditions(spec: PipelineSpec, eval_fingerprint: str, device: str, threads: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from specs.schema.load import secrets_of
 from specs.schema.redaction import redact, redact_values
 from tasks import events, supervise
 from tasks.artifacts import LockCancelled, Store, StoreError, with_remedy
-from tasks.conditions import evaluation_key
+from tasks.conditions import DERIVED, evaluation_key
 from tasks.context import Artifact, StepError
 from tasks.jobs import StepJob, step_from_json
 from tasks.journal import Journal
@@ -208,8 +208,9 @@ class _Attempt:
         return {name: self.upstream[name]["evaluation"] for name in names if self.upstream[name]["evaluation"]}
 
     def _parity_reference(self, artifact: Artifact) -> Path | None:
-        """The evaluation of the torch model that an export was made from, by whichever way the export came here."""
-        if artifact.kind != "export":
+        """The evaluation of the torch model that an export or a packed model was made from, by whichever way it came
+        here."""
+        if artifact.kind not in DERIVED:
             return None
         for name in self.job.inputs:
             taken = self.upstream[name]

@@ -1,7 +1,8 @@
 """The script that MLflow runs to serve a registered model: text or audio in, an answer out.
 
 It travels with the model, so it leans on public libraries alone; only a model that plain Hugging Face cannot load
-(``lathe.json`` beside its weights) and a LiteRT file that writes from an encoder's output or from audio ask for Lathe.
+(``lathe.json`` beside its weights) and an exported file that writes from an encoder's output or from audio ask for
+Lathe.
 """
 
 from __future__ import annotations
@@ -120,8 +121,30 @@ class LiteRT:
         return (raw.astype(np.float32) - zero) * scale if scale else raw.astype(np.float32)
 
 
-class LiteRTWriter:
-    """A ``.tflite`` file that writes from an encoder's output or from audio, run by Lathe's own loop."""
+class Onnx:
+    """A ``model.onnx`` of free batch and length; a decoder is given an empty cache."""
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        config = json.loads((file.parent / "config.json").read_text())
+        self.length = int(config.get("positions", 512))
+
+    def write(self, inputs: Inputs, limit: int) -> list[int]:
+        raise NotImplementedError
+
+    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Scores:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for port in self.session.get_inputs():
+            if port.name not in given:
+                sizes = (size if isinstance(size, int) else 0 for size in port.shape[1:])
+                given[port.name] = np.zeros((len(input_ids), *sizes), np.float32)
+        return self.session.run(["logits"], given)[0]
+
+
+class Writer:
+    """An exported file that writes from an encoder's output or from audio, run by Lathe's own loop."""
 
     def __init__(self, file: Path) -> None:
         self.model: Any = lathe("tasks.export.runtime").open_export(file)
@@ -145,9 +168,9 @@ class Served(PythonModel):
         self.folder = Path(context.artifacts.get("tokenizer", folder))
         self.task = context.model_config["task"]
         self.answer, writes = ANSWERS[self.task]
-        files = sorted(path for path in folder.glob("*.tflite") if "_vela" not in path.stem)
-        lite = LiteRTWriter if writes else LiteRT
-        self.network: Network = lite(files[0]) if files else Torch(folder)
+        files = [folder / name for name in EXPORTS if (folder / name).exists()]
+        exported = Writer if writes else EXPORTS.get(files[0].name if files else "")
+        self.network: Network = exported(files[0]) if files and exported else Torch(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         config = self.folder / "config.json"
         self.labels = json.loads(config.read_text()).get("id2label", {}) if config.exists() else {}
@@ -205,6 +228,9 @@ class Served(PythonModel):
         tokens = np.array([ids], np.int64)
         return self.network(tokens, np.ones_like(tokens))[0]
 
+
+EXPORTS: dict[str, Any] = {"model.tflite": LiteRT, "model.onnx": Onnx, "encoder_model.onnx": Writer}
+"""What runs an exported file, by its name."""
 
 ANSWERS = {
     "text-generation": (Served.continue_, False),

@@ -32,6 +32,13 @@ PREVIOUS = ""
 """Stands in ``StepSpec.inputs`` for the step before; no step has this id."""
 
 
+MEASURABLE: Mapping[Kind, frozenset[str]] = {
+    "packed": frozenset(("any", "model", "derived")),
+    "export": frozenset(("any", "derived")),
+}
+"""Which metrics an artifact has, as values of ``Metric.of``, where it is no plain model."""
+
+
 class FieldError(ValueError):
     """What a validator of a whole model raises where one field is to blame; the mistake is shown at that field.
 
@@ -118,7 +125,7 @@ class StepSpec(SpecModel):
     def measurable(self, kind: Kind, taken: tuple[frozenset[str], ...]) -> frozenset[str]:
         """Which metrics the step's artifact, of ``kind``, has, as values of ``Metric.of``; ``taken`` says the same of
         the inputs."""
-        return frozenset(("any", "export" if kind == "export" else "model"))
+        return MEASURABLE.get(kind, frozenset(("any", "model")))
 
     def estimate(self, model: int) -> tuple[int, int]:
         """Bytes that the step writes and bytes of memory that it needs, roughly, for a model of ``model`` bytes."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 
-from specs.schema.base import BASELINE, PREVIOUS, Kind, StepSpec
+from specs.schema.base import BASELINE, MEASURABLE, PREVIOUS, Kind, StepSpec
 from specs.schema.metrics import METRICS
 from specs.schema.outline import GateOutline, Outline
 from specs.schema.suggest import nearest
@@ -18,7 +18,7 @@ Path = tuple[str | int, ...]
 RESERVED = {"run": "the run's own journal", "system": "the journal of the machine's load"}
 """Ids that no step may take, because a step's records lie in a file of its name."""
 
-_MEASURABLE = frozenset(("any", "model", "export", "npu"))
+_MEASURABLE = frozenset(("any", "model", "derived", "npu"))
 """What may be measured of a step of which too little is known."""
 
 
@@ -210,7 +210,8 @@ def _kinds(step: Outline, task: str | None, found: Survey) -> None:
         taken = tuple(found.measurable.get(id) or _MEASURABLE for id in inputs)
         found.measurable[step.id] = step.spec.measurable(kind, taken)
     elif kind is not None:
-        found.measurable[step.id] = frozenset(("any", "export", "npu") if kind == "export" else ("any", "model"))
+        npu = frozenset(("npu",) if kind == "export" else ())
+        found.measurable[step.id] = MEASURABLE.get(kind, frozenset(("any", "model"))) | npu
 
 
 def _input_path(step: Outline, id: str) -> Path:
@@ -259,7 +260,11 @@ def metric_problem(found: Survey, task: str | None, name: str, id: str) -> tuple
         return f"{id!r} has `evaluate: false`, so its {name} is not measured", "write evaluate: true there"
     measurable = found.measurable.get(id)
     if measurable is not None and metric.of not in measurable:
-        carrier = {"export": "an export", "npu": "an NPU build (export_tflite with `npu`)", "model": "a torch model"}
+        carrier = {
+            "derived": "an export or a packed model",
+            "npu": "an NPU build (export_tflite with `npu`)",
+            "model": "a torch model",
+        }
         having = [other for other, has in found.measurable.items() if has and metric.of in has]
         fitting = f"these have it: {', '.join(having)}" if having else "no step of the spec has it"
         return f"{name} is a metric of {carrier[metric.of]}, which {id!r} is not", fitting

@@ -17,7 +17,8 @@ class Metric:
     """A number with a name, a unit and a direction.
 
     ``unit`` is ``share`` (0 to 1), ``seconds``, ``bytes``, ``count``, ``rate`` (per second) or ``number``.
-    ``of`` says what carries it: every artifact, a torch model, an export, or an NPU build.
+    ``of`` says what carries it: every artifact, a torch model, what was derived from one and runs otherwise (a packed
+    model or an export), or an NPU build.
     """
 
     name: str
@@ -25,7 +26,7 @@ class Metric:
     better: Better
     description: str
     tasks: tuple[Task, ...] = TASKS
-    of: Literal["any", "model", "export", "npu"] = "any"
+    of: Literal["any", "model", "derived", "npu"] = "any"
     quality: bool = False
 
     @property
@@ -80,15 +81,15 @@ _ALL = (
         "parity_error",
         "share",
         "lower",
-        "relative error of the export's outputs against the torch model it was made from",
-        of="export",
+        "relative error of an export's or a packed model's outputs against the torch model it was made from",
+        of="derived",
     ),
     Metric(
         "parity_agreement",
         "share",
         "higher",
         "share of the top predictions that equal those of the torch model",
-        of="export",
+        of="derived",
     ),
     Metric("npu_operator_share", "share", "higher", "share of the operators that run on the NPU", of="npu"),
     Metric("npu_cycles", "count", "lower", "cycles of one inference on the NPU, as vela estimates them", of="npu"),

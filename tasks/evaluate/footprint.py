@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tasks.context import StepError
-from tasks.export import graph
+from tasks.export.runtime import runtime_of
 
 _SAFETENSORS = {
     "F64": ("float64", 8),
@@ -41,7 +39,7 @@ class Footprint:
     """What an artifact weighs.
 
     Args:
-        size: bytes of the files that hold the weights and are deployed (`*.safetensors`, or the one `.tflite`);
+        size: bytes of the files that hold the weights and are deployed (`*.safetensors`, or those of the export);
             the tokenizer is not counted, it is the same before and after.
         parameters: number of weights; scales and zero points of packed weights are not counted.
         nonzero: how many of them are not zero.
@@ -85,23 +83,24 @@ def of_model(folder: Path) -> Footprint:
     return Footprint(size, parameters, nonzero, dtypes, files(folder))
 
 
-def of_export(folder: Path, deployed: str, computed: str) -> Footprint:
+def of_export(folder: Path, deployed: Sequence[str], computed: str) -> Footprint:
     """The footprint of an export.
 
     Args:
         folder: of the artifact.
-        deployed: the file that the device is given; its bytes are the size.
-        computed: the LiteRT file whose constants are read; the same, but for an NPU build, whose compiled file hides
-            the weights in one opaque buffer.
+        deployed: the files that the device is given; their bytes are the size.
+        computed: the file whose constants are read; one of them, but for an NPU build, whose compiled file hides the
+            weights in one opaque buffer.
     """
     dtypes: dict[str, int] = {}
     parameters = nonzero = 0
-    for dtype, values, zero_point, stored, weight in _constants(folder / computed):
-        dtypes[dtype] = dtypes.get(dtype, 0) + stored
-        if weight:
-            parameters += values.size
-            nonzero += int(np.count_nonzero(values != zero_point))
-    return Footprint((folder / deployed).stat().st_size, parameters, nonzero, dtypes, files(folder))
+    for found in runtime_of(folder / computed).constants(folder / computed):
+        dtypes[found.dtype] = dtypes.get(found.dtype, 0) + found.bytes
+        if found.is_weight:
+            parameters += found.values.size
+            nonzero += int(np.count_nonzero(found.values != found.zero))
+    size = sum((folder / name).stat().st_size for name in deployed)
+    return Footprint(size, parameters, nonzero, dtypes, files(folder))
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -128,43 +127,3 @@ def _nonzero(bits: np.ndarray, *, floating: bool) -> int:
         part = bits[start : start + _CHUNK]
         count += int(np.count_nonzero(part << 1 if floating else part))  # the shift drops the sign: -0.0 is zero
     return count
-
-
-def _constants(path: Path) -> Iterator[tuple[str, np.ndarray, int, int, bool]]:
-    """``(dtype, elements, zero point, bytes, whether it is a weight)`` of each constant tensor of a LiteRT file."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    model = graph.read(path)
-    names = {value: name.lower() for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
-    seen: set[int] = set()
-    for tensor in (tensor for part in model.subgraphs for tensor in part.tensors):
-        data = model.buffers[tensor.buffer].data
-        if data is None or not len(data) or tensor.buffer in seen:
-            continue
-        seen.add(tensor.buffer)
-        dtype = names[tensor.type]
-        quantized, zero = _quantized(tensor.quantization)
-        shape = () if tensor.shape is None else tuple(int(size) for size in tensor.shape)
-        values = _elements(np.frombuffer(bytes(data), np.uint8), dtype, math.prod(shape))
-        yield dtype, values, zero, len(data), "float" in dtype or quantized
-
-
-def _quantized(quantization: Any) -> tuple[bool, int]:
-    """Whether a tensor holds quantized numbers, and the one that stands for zero."""
-    if quantization is None:
-        return False, 0
-    if quantization.scale is None or not len(quantization.scale):
-        return bool(quantization.detailsType), 0  # scales by block are kept as details
-    points = quantization.zeroPoint
-    return True, int(points[0]) if points is not None and len(points) == 1 else 0
-
-
-def _elements(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
-    if dtype in ("int4", "uint4"):
-        halves = np.stack((data & 15, data >> 4), axis=1).reshape(-1)[:count].astype(np.int8)
-        return np.where(halves > 7, halves - 16, halves) if dtype == "int4" else halves
-    if dtype == "int2":
-        parts = np.stack([(data >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1).reshape(-1)[:count].astype(np.int8)
-        return np.where(parts > 1, parts - 4, parts)
-    known = {"float32", "float16", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool"}
-    return data.view(dtype) if dtype in known else data

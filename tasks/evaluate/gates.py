@@ -117,7 +117,7 @@ def _ought(metric: Metric, evaluation: Evaluation) -> bool:
     applies = {
         "any": True,
         "model": kind in ("model", "packed"),
-        "export": kind == "export",
+        "derived": kind in ("packed", "export"),
         "npu": bool(evaluation.record.get("npu")),
     }
     return metric.name in evaluation.metrics or applies[metric.of]

@@ -18,6 +18,7 @@ from typing import Any
 from specs.schema.base import Task
 from specs.schema.metrics import METRICS
 from specs.schema.pipeline import DataSpec, EvaluateSpec
+from tasks.conditions import DERIVED
 from tasks.context import Artifact, StepError
 from tasks.data.encode import encode
 from tasks.data.tokens import open_tokenizer
@@ -25,6 +26,7 @@ from tasks.evaluate import footprint, outputs, parity, quality, scores, speed
 from tasks.evaluate.runners import on_threads, open_runner
 from tasks.evaluate.subject import Scored, Subject
 from tasks.evaluate.workload import WORK, Shape, Timed
+from tasks.export.runtime import runtime_of
 from tasks.keys import processor
 from tasks.quiet import undisturbed
 
@@ -64,7 +66,7 @@ def evaluate(
         device: where a torch model runs; an export always runs on the CPU.
         seed: of the resamples.
         tokenizer: folder with ``tokenizer.json`` and, for speech, ``preprocessor_config.json``.
-        reference: folder of the evaluation of the torch model that an export was made from.
+        reference: folder of the evaluation of the torch model that an export or a packed model was made from.
         exclusive: while it is held nothing else of the run computes; latency and the speed of writing are taken inside.
         emit: receives progress and notes.
 
@@ -103,11 +105,11 @@ def evaluate(
     metrics |= written.metrics(**sampling) if written is not None else {}
     metrics["peak_memory"] = scores.metric(peak)
     notes = _notes(artifact, subject) + ([disturbed] if disturbed else [])
-    if artifact.kind == "export":
+    if artifact.kind in DERIVED:
         parity_metrics, note = _parity(reference, subject)
         metrics |= parity_metrics
         notes += [note] if note else []
-    else:
+    if artifact.kind != "export":
         parity.write(out, subject)
 
     weighed = _footprint(artifact)
@@ -178,13 +180,13 @@ def _parity(reference: Path | None, subject: Subject) -> tuple[dict[str, dict[st
 def _footprint(artifact: Artifact) -> footprint.Footprint:
     if artifact.kind != "export":
         return footprint.of_model(artifact.path)
-    return footprint.of_export(artifact.path, deployed_file(artifact), artifact.properties["file"])
+    return footprint.of_export(artifact.path, deployed_files(artifact), artifact.properties["file"])
 
 
-def deployed_file(artifact: Artifact) -> str:
-    """The file of an export that the device is given: the compiled one where there is an NPU build."""
+def deployed_files(artifact: Artifact) -> list[str]:
+    """The files of an export that the device is given: the compiled one where there is an NPU build."""
     npu = artifact.properties.get("npu")
-    return npu["file"] if npu else artifact.properties["file"]
+    return [npu["file"]] if npu else artifact.properties.get("files") or [artifact.properties["file"]]
 
 
 def _measured_by_step(artifact: Artifact) -> dict[str, dict[str, Any]]:
@@ -208,11 +210,12 @@ def _notes(artifact: Artifact, subject: Subject) -> list[str]:
 
 
 def _machine(artifact: Artifact, device: str) -> dict[str, Any]:
-    names = ("ai-edge-litert",) if artifact.kind == "export" else ("torch", "transformers")
+    is_export = artifact.kind == "export"
+    names = (runtime_of(artifact.properties["file"]).library,) if is_export else ("torch", "transformers")
     runtime = ", ".join(f"{name} {_version(name)}" for name in names)
     found: dict[str, Any] = {"cpu": processor(), "cores": os.cpu_count(), "system": platform.platform()}
     found |= {"python": platform.python_version(), "runtime": runtime}
-    if artifact.kind != "export" and device == "cuda":
+    if not is_export and device == "cuda":
         import torch
 
         found["gpu"] = torch.cuda.get_device_name()

@@ -1,6 +1,6 @@
-"""How close an export's outputs are to those of the torch model it was made from.
+"""How close the outputs of an export or a packed model are to those of the torch model it was made from.
 
-The torch model's evaluation keeps its inputs and logits in ``reference.safetensors``; the export is run on those very
+The torch model's evaluation keeps its inputs and logits in ``reference.safetensors``; the other is run on those very
 inputs. A decoder is given the tokens of the reference text, so that both predict the same ones.
 """
 
@@ -52,7 +52,7 @@ def write(folder: Path, subject: Subject) -> None:
 
 
 def compare(folder: Path, runner: Runner | Writer, pad: int) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """``parity_error`` and ``parity_agreement`` of an export against the reference in ``folder``, and a note.
+    """``parity_error`` and ``parity_agreement`` against the reference in ``folder``, and a note.
 
     ``parity_error`` is the Euclidean norm of the difference of the logits over that of the reference's logits, over all
     positions that both have; ``parity_agreement`` the share of these positions with the same largest logit. An example

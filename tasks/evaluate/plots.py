@@ -18,7 +18,7 @@ AXES = {"quality_size": "size", "quality_latency": "latency_p50"}
 _KINDS = {
     "model": ("#3b6fd4", "o", "torch"),
     "packed": ("#7a4fc9", "s", "torch, packed"),
-    "export": ("#0f8f6f", "D", "LiteRT"),
+    "export": ("#0f8f6f", "D", "exported file"),
 }
 # Placeholders that the SVG's style sheet turns into colours of the page, so that a plot follows light and dark.
 _INK, _FAINT = "#0a0b0c", "#8d8e8f"

@@ -1,4 +1,4 @@
-"""How an artifact runs: in torch, or in LiteRT on the exported file itself.
+"""How an artifact runs: in torch, or in the runtime of the exported file, on that file itself.
 
 Text-generation and classification are scored from token ids; translation and speech recognition write.
 """
@@ -109,9 +109,9 @@ def open_runner(artifact: Artifact, task: Task, threads: int, device: str) -> Ru
         device: where a torch model runs; an export always runs on the CPU. For an export nothing of torch is imported.
     """
     if artifact.kind == "export":
-        from tasks.evaluate import lite_runners
+        from tasks.evaluate import export_runners
 
-        return lite_runners.open_file(artifact.path / artifact.properties["file"], threads)
+        return export_runners.open_file(artifact.path / artifact.properties["file"], threads)
     import torch
 
     from tasks.evaluate import torch_runners

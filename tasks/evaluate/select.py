@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from specs.schema.pipeline import EvaluateSpec
 from specs.schema.steps.select import SelectSpec
@@ -44,10 +45,29 @@ def select(*candidates: Artifact, spec: SelectSpec, ctx: StepContext) -> StepRes
         touched=tuple(linked),
         summary=f"{summary} ({others})" if others else summary,
         left={name: ", ".join(found) for name, found in reasons.items() if found},
-        properties={**artifact.properties, "chosen": chosen, "chosen_key": artifact.key},
+        properties={
+            **artifact.properties,
+            "chosen": chosen,
+            "chosen_key": artifact.key,
+            "candidates": {name: _measured(name, evaluations, reasons[name]) for name in spec.from_},
+        },
         metrics=artifact.manifest.get("result", {}).get("metrics", {}),
         warnings=tuple(artifact.manifest.get("result", {}).get("warnings", ())),
     )
+
+
+def _measured(name: str, evaluations: Mapping[str, Evaluation], reasons: list[str]) -> dict[str, Any]:
+    """The figures of a candidate, what they were measured with, and why it may not be taken."""
+    if name not in evaluations:
+        return {"reasons": reasons}
+    record = evaluations[name].record
+    scenario = record.get("scenario", {})
+    kept = ("runtime", "threads", "batch", "length", "warmup", "repeats", "cpu")
+    return {
+        "reasons": reasons,
+        "metrics": {metric: entry["value"] for metric, entry in evaluations[name].metrics.items()},
+        "scenario": {key: scenario[key] for key in kept if key in scenario},
+    }
 
 
 def _objections(name: str, spec: SelectSpec, evaluations: Mapping[str, Evaluation], ctx: StepContext) -> list[str]:

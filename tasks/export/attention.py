@@ -6,7 +6,7 @@ caches grow. Here the queries of a group are rows of one matrix product, and a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "lathe_export"
+PLAIN = "lathe_plain"
+"""The attention for exports by its name in transformers: for LiteRT, and in ordinary operations."""
 
 MASKED = -1e4
 """Added to the attention scores of masked positions: finite, so that it survives quantization; exp of it is 0."""
@@ -24,13 +26,13 @@ MASKED = -1e4
 _PADDING: ContextVar[Any] = ContextVar("padding", default=None)
 
 
-def use_export_attention(model: Any) -> None:
+def use_export_attention(model: Any, name: str = NAME) -> None:
     """Let every attention of ``model`` that goes through transformers' interface use the one for exports."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(name, {NAME: attend, PLAIN: attend_plainly}[name])
+    AttentionMaskInterface.register(name, _no_mask)
+    model.set_attn_implementation(name)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -47,7 +49,14 @@ def padding(bias: Tensor) -> Iterator[None]:
         _PADDING.reset(token)
 
 
-def attend(
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **fields: Any) -> Any:
+    """Attention as transformers calls it, with LiteRT's product of four dimensions; see ``attend_plainly``."""
+    from litert_torch.generative.custom_ops.bmm_4d import bmm_4d
+
+    return attend_plainly(module, query, key, value, mask, product=bmm_4d, **fields)
+
+
+def attend_plainly(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -57,17 +66,18 @@ def attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
 
     Query [batch, heads, rows, width], key and value [batch, groups, keys, width] to [batch, rows, heads, width].
+    ``product`` multiplies [batch, groups, rows, width] by the transposed [batch, groups, keys, width].
 
     Raises:
         StepError: the model attends to sinks, which this attention does not know.
     """
     import torch
-    from litert_torch.generative.custom_ops.bmm_4d import bmm_4d
 
     if s_aux is not None:
         raise StepError("the model attends to sinks, which cannot be exported; use another architecture")
@@ -76,14 +86,16 @@ def attend(
     scale = width**-0.5 if scaling is None else scaling
     if scale != 1:
         query = query * scale
-    scores = bmm_4d(query.reshape(batch, groups, heads // groups * rows, width), key).view(batch, heads, rows, keys)
+    grouped = query.reshape(batch, groups, heads // groups * rows, width)
+    scores = torch.matmul(grouped, key.transpose(2, 3)) if product is None else product(grouped, key)
+    scores = scores.view(batch, heads, rows, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     mask = _PADDING.get() if attention_mask is None else attention_mask
     for bias in (position_bias, mask):
         if bias is not None:
             scores = scores + bias
-    shares = torch.softmax(scores, dim=-1).view(batch, groups, -1, keys)
+    shares = torch.softmax(scores, dim=-1).view(batch, groups, heads // groups * rows, keys)
     return torch.matmul(shares, value).view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 

@@ -36,6 +36,19 @@ def ctc(model: Any, batch: int, length: int, lookup: bool, samples: Sequence[np.
         StepError: the model shortens its frames behind the convolutions.
     """
     import torch
+
+    values = torch.zeros(batch, length)
+    inputs = {SAMPLES: values, MASK: torch.ones(batch, length, dtype=torch.int32)}
+    return [Signature(SCORE, listener(model, lookup, samples), inputs)]
+
+
+def listener(model: Any, lookup: bool, samples: Sequence[np.ndarray] = (), dense: bool = True) -> nn.Module:
+    """The module of the signature; see ``ctc``. With ``dense`` the first convolution is one over several channels.
+
+    Raises:
+        StepError: as ``ctc``.
+    """
+    import torch
     from torch import nn
 
     base = model.base_model
@@ -53,9 +66,10 @@ def ctc(model: Any, batch: int, length: int, lookup: bool, samples: Sequence[np.
             self.counts = nn.Embedding.from_pretrained(torch.tensor([[0.0], [1.0]])) if lookup else None
 
         def forward(self, input_values: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-            hidden = input_values
+            hidden = input_values if dense else input_values[:, None, None]
             for number, layer in enumerate(layers):
-                hidden = _convolve(hidden, layer.conv) if number else _convolve_samples(hidden, layer.conv)
+                first = dense and number == 0
+                hidden = _convolve_samples(hidden, layer.conv) if first else _convolve(hidden, layer.conv)
                 norm = getattr(layer, "layer_norm", None)
                 if isinstance(norm, nn.GroupNorm):
                     counts = _whole_frames(attention_mask, layers[: number + 1])
@@ -74,8 +88,7 @@ def ctc(model: Any, batch: int, length: int, lookup: bool, samples: Sequence[np.
         def flags(self, mask: Tensor) -> Tensor:
             return mask.float() if self.counts is None else self.counts(mask).view(mask.shape)
 
-    values = torch.zeros(batch, length)
-    return [Signature(SCORE, Ctc(), {SAMPLES: values, MASK: torch.ones(batch, length, dtype=torch.int32)})]
+    return Ctc()
 
 
 def _whole_frames(mask: Tensor, layers: Sequence[Any]) -> Tensor:

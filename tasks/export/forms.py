@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from specs.schema.base import Task
-from specs.schema.steps.export import ExportTfliteSpec
 from tasks.export.convert import Signature
 from tasks.export.decoding import decoding
 from tasks.export.generation import generation
@@ -21,7 +20,6 @@ from tasks.export.lite_file import LiteFile
 from tasks.export.lite_seq2seq import LiteRTSeq2Seq
 from tasks.export.lite_text import LiteRTModel
 from tasks.export.names import DECODE, DECODER_IDS, IDS, MASK, SAMPLES, SCORE
-from tasks.export.preflight import target_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +36,27 @@ _RECORDED = 128
 Batch = Mapping[str, "NDArray[Any]"]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The shape of an export, or of the examples that it is checked with.
+
+    Args:
+        batch: examples of one call.
+        length: tokens of the input, where it is text.
+        cache: tokens that a decoder's cache holds; None where it does not write.
+        target_length: tokens that an encoder-decoder writes.
+        duration: seconds of audio that a model for CTC takes; None for the longest training recording.
+        samples: training examples.
+    """
+
+    batch: int
+    length: int
+    cache: int | None
+    target_length: int
+    duration: float | None
+    samples: int
+
+
 class Form(Protocol):
     """How one family is exported. ``properties`` describe the file: its shape."""
 
@@ -52,8 +71,8 @@ class Form(Protocol):
         """Logits that the unchanged torch model gives for some of the samples."""
         ...
 
-    def given(self, file: LiteFile) -> list[NDArray[np.float32]]:
-        """The same logits from the exported file."""
+    def given(self, exported: Any) -> list[NDArray[np.float32]]:
+        """The same logits from the exported file, opened."""
         ...
 
     def calibration(self, path: Path, threads: int) -> dict[str, list[Batch]]:
@@ -104,11 +123,10 @@ class Text:
             found.append(_logits(model, {IDS: text[None], MASK: np.ones_like(text)[None]})[0, _prompt(text) - 1 :])
         return found
 
-    def given(self, file: LiteFile) -> list[NDArray[np.float32]]:
-        lite = LiteRTModel(file)
-        found = [_kept(lite.run(batch[IDS], batch[MASK]), batch[MASK], self.task) for batch in self._masked()]
+    def given(self, exported: Any) -> list[NDArray[np.float32]]:
+        found = [_kept(exported.run(batch[IDS], batch[MASK]), batch[MASK], self.task) for batch in self._masked()]
         if self.cache:
-            found.append(_written(lite, self._text()))
+            found.append(_written(exported, self._text()))
         return found
 
     def calibration(self, path: Path, threads: int) -> dict[str, list[Batch]]:
@@ -164,9 +182,8 @@ class Seq2Seq:
     def reference(self, model: Any) -> list[NDArray[np.float32]]:
         return [_logits(model, {**inputs, DECODER_IDS: ids})[counts] for inputs, ids, counts in self._variants()]
 
-    def given(self, file: LiteFile) -> list[NDArray[np.float32]]:
-        lite = LiteRTSeq2Seq(file)
-        return [lite.logits(inputs, ids)[counts] for inputs, ids, counts in self._variants()]
+    def given(self, exported: Any) -> list[NDArray[np.float32]]:
+        return [exported.logits(inputs, ids)[counts] for inputs, ids, counts in self._variants()]
 
     def calibration(self, path: Path, threads: int) -> dict[str, list[Batch]]:
         inputs, ids, _ = self._examples(_WRITTEN)
@@ -203,10 +220,10 @@ class Ctc:
     def reference(self, model: Any) -> list[NDArray[np.float32]]:
         return [_logits(model, {SAMPLES: samples[None]})[0] for samples in self._some()]
 
-    def given(self, file: LiteFile) -> list[NDArray[np.float32]]:
-        lite, some = LiteRTCtc(file), self._some()
-        logits = lite.logits(_padded(some, self.length))
-        frames = lite.frames([len(samples) for samples in some])
+    def given(self, exported: Any) -> list[NDArray[np.float32]]:
+        some = self._some()
+        logits = exported.logits(_padded(some, self.length))
+        frames = exported.frames([len(samples) for samples in some])
         return [row[:count] for row, count in zip(logits, frames, strict=True)]
 
     def calibration(self, path: Path, threads: int) -> dict[str, list[Batch]]:
@@ -216,7 +233,7 @@ class Ctc:
 
 
 def open_form(
-    path: Path, model: Any, encoded: Encoded, family: str, spec: ExportTfliteSpec, ctx: StepContext
+    path: Path, model: Any, encoded: Encoded, family: str, wanted: Wanted, ctx: StepContext
 ) -> tuple[Form, dict[str, Any], list[str]]:
     """How a model of ``family`` is exported, the fields of ``config.json`` that describe what it gives, and warnings.
 
@@ -225,64 +242,65 @@ def open_form(
         model: the model, unchanged.
         encoded: the training data, of which a seeded sample serves calibration and checks.
         family: as ``tasks.models.family_of`` says.
-        spec: the export.
+        wanted: shape and samples.
         ctx: of the step.
     """
     import torch
 
-    wanted = spec.calibration_samples if spec.precision == "int8" else max(spec.batch, 2)
-    order = torch.randperm(len(encoded), generator=ctx.generator()).numpy()[:wanted]
+    order = torch.randperm(len(encoded), generator=ctx.generator()).numpy()[: wanted.samples]
     name = "encoder" if ctx.task == "text-classification" else family
-    return _FORMS[name](path, model, encoded, np.sort(order), spec, ctx)
+    return _FORMS[name](path, model, encoded, np.sort(order), wanted, ctx)
 
 
 def _text(
-    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], spec: ExportTfliteSpec, ctx: StepContext
+    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], wanted: Wanted, ctx: StepContext
 ) -> tuple[Form, dict[str, Any], list[str]]:
     from tasks.data.collate import collate
 
-    length = spec.length or ctx.data.max_length
+    length = wanted.length
     batches: list[Batch] = []
-    for start in range(0, len(rows), spec.batch):
-        batch = collate(encoded, rows[np.arange(start, start + spec.batch) % len(rows)], length)
+    for start in range(0, len(rows), wanted.batch):
+        batch = collate(encoded, rows[np.arange(start, start + wanted.batch) % len(rows)], length)
         batches.append({IDS: batch[IDS], MASK: batch[MASK]})
     pad = model.config.pad_token_id
     if ctx.task == "text-generation":
-        cache = (spec.cache or length) if spec.generates else None
-        return Text(ctx.task, batches, spec.batch, length, cache, pad), {}, []
+        return Text(ctx.task, batches, wanted.batch, length, wanted.cache, pad), {}, []
     labels = {str(at): model.config.id2label[at] for at in sorted(model.config.id2label)}
     described = {"id2label": labels, "label2id": {name: int(at) for at, name in labels.items()}}
-    return Text(ctx.task, batches, spec.batch, length, None, pad), described, []
+    return Text(ctx.task, batches, wanted.batch, length, None, pad), described, []
 
 
 def _seq2seq(
-    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], spec: ExportTfliteSpec, ctx: StepContext
+    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], wanted: Wanted, ctx: StepContext
 ) -> tuple[Form, dict[str, Any], list[str]]:
     import torch
 
     from tasks.data.collate import collate
 
-    samples = collate(encoded, rows, encoded.feature_frames or spec.length or ctx.data.max_length)
+    samples = collate(encoded, rows, encoded.feature_frames or wanted.length)
     inputs = {name: values for name, values in samples.items() if name != "labels"}
     described, warnings = decoding(model, {name: torch.from_numpy(values[:1]) for name, values in inputs.items()})
-    target = target_length(spec, ctx.task, ctx.data)
     length = next(iter(inputs.values())).shape[-1]
     start, pad = described["decoder_start_token_id"], described["pad_token_id"]
-    return Seq2Seq(inputs, samples["labels"], spec.batch, length, target, start, pad), described, warnings
+    return (
+        Seq2Seq(inputs, samples["labels"], wanted.batch, length, wanted.target_length, start, pad),
+        described,
+        warnings,
+    )
 
 
 def _ctc(
-    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], spec: ExportTfliteSpec, ctx: StepContext
+    path: Path, model: Any, encoded: Encoded, rows: NDArray[Any], wanted: Wanted, ctx: StepContext
 ) -> tuple[Form, dict[str, Any], list[str]]:
     rate = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))["sampling_rate"]
     longest, stride = int(encoded.lengths().max()), int(model.config.conv_stride[0])
-    length = -(-(longest if spec.duration is None else round(spec.duration * rate)) // stride) * stride
+    length = -(-(longest if wanted.duration is None else round(wanted.duration * rate)) // stride) * stride
     samples = [np.asarray(encoded.features_of(row)[:length]) for row in rows.tolist()]
     warnings = []
     if length < longest:
         cut = int((encoded.lengths() > length).sum())
         warnings.append(f"{cut} of {len(encoded)} training recordings are longer than {length / rate:g} s and are cut")
-    return Ctc(samples, spec.batch, length), {"sampling_rate": rate}, warnings
+    return Ctc(samples, wanted.batch, length), {"sampling_rate": rate}, warnings
 
 
 _FORMS: dict[str, Callable[..., tuple[Form, dict[str, Any], list[str]]]] = {
@@ -326,7 +344,7 @@ def _prompt(text: NDArray[Any]) -> int:
     return max(1, len(text) // 2)
 
 
-def _written(lite: LiteRTModel, text: NDArray[Any]) -> NDArray[np.float32]:
+def _written(lite: Any, text: NDArray[Any]) -> NDArray[np.float32]:
     """Logits behind every token of ``text`` from the end of its prompt on, as writing it gives them."""
     prompt = _prompt(text)
     steps = [lite.prefill(text[:prompt].tolist())]

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.export.lite_file import InputError, LiteFile
-from tasks.export.lite_inputs import Inputs, checked_inputs, filled, read_config
+from tasks.export.inputs import Inputs
+from tasks.export.lite_file import LiteFile
+from tasks.export.lite_inputs import checked_inputs, filled
 from tasks.export.names import MASK, SAMPLES
+from tasks.export.paths import Paths
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
 
 class LiteRTCtc:
@@ -23,16 +25,16 @@ class LiteRTCtc:
         InputError: ``config.json`` beside the file is missing or does not name the convolutions.
     """
 
+    at_once = True
+    target_length = None
+
     def __init__(self, file: LiteFile) -> None:
         self._call = file.call(next(iter(file.entries)))
         self.batch, self.length = self._call.entry.inputs[SAMPLES].shape
+        self.positions = self.length
         self._output = next(iter(self._call.entry.outputs))
-        config = read_config(file.path)
-        try:
-            self.blank = int(config["pad_token_id"])
-            self._convolutions = tuple(zip(config["conv_kernel"], config["conv_stride"], strict=True))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file.path.parent / 'config.json'} does not name the convolutions") from error
+        self._paths = Paths(file.path)
+        self.frames = self._paths.frames
 
     def logits(self, inputs: Inputs) -> NDArray[np.float32]:
         """Logits of the examples, [examples, frames, vocabulary]; those of frames that hold padding mean nothing.
@@ -58,21 +60,8 @@ class LiteRTCtc:
         Raises:
             InputError: as ``logits``.
         """
-        best = self.logits(inputs).argmax(-1)
         frames = self.frames(self._whole(inputs)[MASK].sum(1))
-        written = []
-        for path, count in zip(best, frames, strict=True):
-            path = path[:count]
-            kept = path[np.append(True, path[1:] != path[:-1])[: len(path)]]
-            written.append(kept[kept != self.blank].tolist()[:limit])
-        return written
-
-    def frames(self, samples: ArrayLike) -> NDArray[np.int64]:
-        """Frames of recordings of so many samples."""
-        counts = np.asarray(samples, np.int64)
-        for kernel, stride in self._convolutions:
-            counts = np.maximum((counts - kernel) // stride + 1, 0)
-        return counts
+        return self._paths.spelled(self.logits(inputs), frames, limit)
 
     def _whole(self, inputs: Inputs) -> Inputs:
         return (

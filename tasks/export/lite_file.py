@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tasks.export.errors import InputError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SHARED = ":memory"
 """XNNPACK's cache of packed weights in memory: without one every signature packs its own copy of them."""
-
-
-class InputError(ValueError):
-    """The file is not one that this runtime runs, or the input does not fit it: what is wrong and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.export.lite_file import InputError, LiteFile
-from tasks.export.lite_inputs import Inputs, check_ids, check_mask, checked_inputs, ends_of, filled, read_config, scalar
+from tasks.export.errors import InputError
+from tasks.export.greedy import Greedy
+from tasks.export.inputs import Inputs, check_ids, check_mask
+from tasks.export.lite_file import LiteFile
+from tasks.export.lite_inputs import checked_inputs, filled, scalar
 from tasks.export.names import DECODE, DECODER_IDS, ENCODE, FEATURES, IDS, LOGITS, MASK, POSITION
 
 if TYPE_CHECKING:
@@ -25,27 +28,16 @@ class LiteRTSeq2Seq:
         InputError: ``config.json`` beside the file is missing or does not say how the decoder begins and ends.
     """
 
+    at_once = False
+
     def __init__(self, file: LiteFile) -> None:
         self._file = file
         self._encode, self._decode = file.call(ENCODE), file.call(DECODE)
-        config = read_config(file.path)
-        try:
-            self.start, self.pad = int(config["decoder_start_token_id"]), int(config["pad_token_id"])
-            self._ends = sorted(ends_of(config["eos_token_id"]))
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{file.path.parent / 'config.json'} does not say how the decoder begins and ends"
-            ) from error
-        self._marks = [self.start, self.pad, config.get("bos_token_id", self.pad)]
-        self._prompt = [int(token) for _, token in config.get("forced_decoder_ids") or ()]
-        self._forced = config.get("forced_bos_token_id")
-        self._must_end = config.get("forced_eos_token_id") is not None
-        self._never, self._never_first = (
-            np.asarray(config.get(key) or (), np.int64) for key in ("suppress_tokens", "begin_suppress_tokens")
-        )
+        self._greedy = Greedy(file.path)
         self.source = IDS if IDS in self._encode.entry.inputs else FEATURES
         shape = self._encode.entry.inputs[self.source].shape
         self.batch, self.length = shape[0], shape[-1]
+        self.positions = self.length
         self.target_length = self._decode.entry.inputs["key_0"].shape[2]
         self.vocab = file.rows
 
@@ -62,7 +54,8 @@ class LiteRTSeq2Seq:
         """
         written: list[list[int]] = []
         for count in self._encoded(inputs):
-            written += self._greedy(min(limit, self.target_length))[:count]
+            room = self.target_length
+            written += self._greedy.write(self._step, self.batch, min(limit, room), room)[:count]
         return written
 
     def logits(self, inputs: Inputs, decoder_ids: ArrayLike) -> NDArray[np.float32]:
@@ -81,7 +74,7 @@ class LiteRTSeq2Seq:
         parts: list[NDArray[np.float32]] = []
         done = 0
         for count in self._encoded(inputs):
-            ids = np.full((self.batch, given.shape[1]), self.pad, np.int32)
+            ids = np.full((self.batch, given.shape[1]), self._greedy.pad, np.int32)
             ids[:count] = given[done : done + count]
             steps = [self._step(ids[:, place], place) for place in range(given.shape[1])]
             parts.append(np.stack(steps, axis=1)[:count])
@@ -96,7 +89,9 @@ class LiteRTSeq2Seq:
             check_mask(arrays[MASK])
         for start in range(0, len(arrays[self.source]), self.batch):
             part = {name: values[start : start + self.batch] for name, values in arrays.items()}
-            whole = {name: filled(values, self._encode.entry.inputs[name], self.pad) for name, values in part.items()}
+            whole = {
+                name: filled(values, self._encode.entry.inputs[name], self._greedy.pad) for name, values in part.items()
+            }
             self._encode.run(**whole)
             if MASK in self._decode.entry.inputs:
                 self._decode.set(**{MASK: whole[MASK]})
@@ -105,25 +100,3 @@ class LiteRTSeq2Seq:
     def _step(self, tokens: NDArray[Any], position: int) -> NDArray[np.float32]:
         self._decode.run(**{DECODER_IDS: tokens[:, None].astype(np.int32), POSITION: scalar(position)})
         return self._decode.floats(LOGITS)
-
-    def _greedy(self, limit: int) -> list[list[int]]:
-        written: list[list[int]] = [[] for _ in range(self.batch)]
-        going = np.ones(self.batch, bool)
-        tokens = np.full(self.batch, self.start)
-        first = len(self._prompt)
-        for place in range(min(limit + first - self._must_end, self.target_length)):
-            logits = self._step(tokens, place)
-            if place < first:
-                tokens = np.full(self.batch, self._prompt[place])
-                continue
-            logits[:, self._never] = -np.inf
-            if place == first:
-                logits[:, self._never_first] = -np.inf
-            chosen = logits.argmax(-1) if place > first or self._forced is None else self._forced
-            tokens = np.where(going, chosen, self.pad)
-            going &= ~np.isin(tokens, self._ends)
-            for row in np.flatnonzero(going & ~np.isin(tokens, self._marks)):
-                written[row].append(int(tokens[row]))
-            if not going.any():
-                break
-        return written

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.export.lite_file import InputError, LiteFile
-from tasks.export.lite_inputs import check_ids, check_mask, checked, ends_of, scalar
+from tasks.export.errors import InputError
+from tasks.export.inputs import check_ids, check_mask, ends_of
+from tasks.export.lite_file import LiteFile
+from tasks.export.lite_inputs import checked, scalar
 from tasks.export.names import COUNT, DECODE, IDS, LOGITS, MASK, POSITION, PREFILL
 
 if TYPE_CHECKING:
@@ -44,6 +46,16 @@ class LiteRTModel:
         self._prefill = self._file.call(PREFILL) if writes else None
         self._decode = self._file.call(DECODE) if writes else None
         self.cache: int | None = None if self._decode is None else self._decode.entry.inputs["key_0"].shape[2]
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a text at most."""
+        return self.cache or self.length
+
+    @property
+    def rescores(self) -> bool:
+        """Whether it writes by a pass over the whole text for every token."""
+        return self.cache is None
 
     def run(self, input_ids: ArrayLike, attention_mask: ArrayLike) -> NDArray[np.float32]:
         """Logits of one batch, dequantised where the file's output is quantised.

@@ -26,7 +26,7 @@ UNFAITHFUL: Mapping[str, str] = {
 }
 """Architectures whose converted file was seen to differ from torch by more than the step allows, or not to convert."""
 
-_UNCACHED = ("bloom", "falcon_mamba", "mamba", "mamba2", "opt", "rwkv", "xlnet")
+UNCACHED = ("bloom", "falcon_mamba", "mamba", "mamba2", "opt", "rwkv", "xlnet")
 """Decoders that keep no keys and values of every layer, or not in transformers' cache."""
 
 VARIANTS = {
@@ -77,9 +77,9 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     return limit - (config.get("pad_token_id", 1) or 0) - 1 if counts_from_padding else limit
 
 
-def target_length(spec: ExportTfliteSpec, task: Task, data: DataSpec) -> int:
-    """Tokens that an encoder-decoder's file can write."""
-    return spec.cache or (data.max_target_length if task == "translation" else None) or data.max_length
+def target_length(cache: int | None, task: Task, data: DataSpec) -> int:
+    """Tokens that an encoder-decoder's file can write, where the spec of the export says ``cache``."""
+    return cache or (data.max_target_length if task == "translation" else None) or data.max_length
 
 
 def check_length(config: Mapping[str, Any], length: int, field: str = "length") -> None:
@@ -93,16 +93,22 @@ def check_length(config: Mapping[str, Any], length: int, field: str = "length") 
         raise StepError(f"{field} is {length} and the model has {limit} positions; write {field}: {limit} or less")
 
 
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens within which the model attends; None where it attends to all."""
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types")
+    slides = "sliding_attention" in kinds if kinds else config.get("use_sliding_window", True)
+    return window if window and slides else None
+
+
 def check_window(config: Mapping[str, Any], length: int, field: str = "length") -> None:
     """Refuse a length beyond the window in which the model attends: the export's mask knows no window.
 
     Raises:
         StepError: the length and the window.
     """
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types")
-    slides = "sliding_attention" in kinds if kinds else config.get("use_sliding_window", True)
-    if window and slides and window < length:
+    window = window_of(config)
+    if window is not None and window < length:
         raise StepError(
             f"the model attends within {window} tokens and {field} is {length}; write {field}: {window} or less"
         )
@@ -114,7 +120,7 @@ def check_shape(spec: ExportTfliteSpec, config: Mapping[str, Any], task: Task, d
     Raises:
         StepError: the first of them.
     """
-    for check in _shape_checks(spec, config, task, data.max_length, target_length(spec, task, data)):
+    for check in _shape_checks(spec, config, task, data.max_length, target_length(spec.cache, task, data)):
         check()
 
 
@@ -153,7 +159,7 @@ def check_export(
             f"{kind} models cannot be exported: {UNFAITHFUL[kind]}; use another architecture, or quantize without an "
             "export"
         )
-    elif task == "text-generation" and spec.generates and kind in _UNCACHED:
+    elif task == "text-generation" and spec.generates and kind in UNCACHED:
         problems.append(f"{kind} keeps no keys and values of every layer in a cache; write generation: false")
     length = spec.length or max_length
     hidden = next((config[name] for name in ("hidden_size", "n_embd", "dim", "d_model") if config.get(name)), None)

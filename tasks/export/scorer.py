@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 def is_causal(model: Any, task: Task) -> bool:
     """Whether tokens attend to earlier ones alone: in a decoder, and so in a classifier that reads the last token."""
-    return task == "text-generation" or _pools_last(model, task)
+    return task == "text-generation" or pools_last(model, task)
 
 
-def _pools_last(model: Any, task: Task) -> bool:
+def pools_last(model: Any, task: Task) -> bool:
+    """Whether a classifier reads the last token that is no padding."""
     from torch import nn
 
     return task == "text-classification" and isinstance(getattr(model, "score", None), nn.Linear)
@@ -37,9 +38,9 @@ def scorer(model: Any, task: Task, length: int, lookup: bool) -> nn.Module:
     import torch
     from torch import nn
 
-    pools_last = _pools_last(model, task)
+    last = pools_last(model, task)
     causal = is_causal(model, task)
-    positions = _positions(model, length)
+    offset = position_offset(model)
 
     class Scorer(nn.Module):
         def __init__(self) -> None:
@@ -48,7 +49,7 @@ def scorer(model: Any, task: Task, length: int, lookup: bool) -> nn.Module:
             self.bias = additive(lookup)
             self.last = nn.Embedding.from_pretrained(torch.tensor([[0.0], [1.0]]))
             self.earlier = nn.Buffer(torch.ones(length, length, dtype=torch.int32).tril()[None, None])
-            self.positions = None if positions is None else nn.Buffer(positions)
+            self.positions = None if offset is None else nn.Buffer(torch.arange(offset, offset + length)[None])
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
             allowed = attention_mask.view(input_ids.shape[0], 1, 1, length)
@@ -59,7 +60,7 @@ def scorer(model: Any, task: Task, length: int, lookup: bool) -> nn.Module:
                 arguments["use_cache"] = False
             if self.positions is not None:
                 arguments["position_ids"] = self.positions
-            if not pools_last:
+            if not last:
                 return {LOGITS: self.model(**arguments).logits}
             logits = self.model.score(self.model.base_model(**arguments).last_hidden_state)
             following = torch.cat([attention_mask[:, 1:], torch.zeros_like(attention_mask[:, :1])], dim=1)
@@ -69,10 +70,8 @@ def scorer(model: Any, task: Task, length: int, lookup: bool) -> nn.Module:
     return Scorer()
 
 
-def _positions(model: Any, length: int) -> Tensor | None:
-    """Positions for models (RoBERTa and its kin) that else count the ids that are no padding, in the graph."""
-    import torch
-
+def position_offset(model: Any) -> int | None:
+    """The first position of models (RoBERTa and its kin) that else count the ids that are no padding, in the graph."""
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)
-    return None if offset is None else torch.arange(offset + 1, offset + 1 + length)[None]
+    padding = getattr(table, "padding_idx", None)
+    return None if padding is None else padding + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from specs.schema.steps.export import ExportTfliteSpec
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.export.attention import use_export_attention
 from tasks.export.convert import to_litert
-from tasks.export.forms import Form, open_form
+from tasks.export.faithful import check_faithful, kept_config
+from tasks.export.forms import Form, Wanted, open_form
 from tasks.export.graph import shorten_names
 from tasks.export.lite_file import LiteFile
 from tasks.export.names import FILE
 from tasks.export.npu import choose, compile_npu
 from tasks.export.precision import full_int8, weights_only
-from tasks.export.preflight import VARIANTS, check_export, check_shape, refuses
+from tasks.export.preflight import VARIANTS, check_export, check_shape, refuses, target_length
+from tasks.export.runtime import open_export
 from tasks.export.written import check_written, read_back
 from tasks.registry import step
 
@@ -28,21 +29,6 @@ REPORT = "vela.json"
 
 _FAITHFUL = 1e-2
 """The largest difference between the float file and torch, relative to the largest logit, that passes as rounding."""
-
-_KEPT = (  # what the runtime, the features and the measurement ask for
-    "model_type",
-    "architectures",
-    "id2label",
-    "label2id",
-    "vocab_size",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "conv_kernel",
-    "conv_stride",
-    "num_mel_bins",
-    "max_source_positions",
-)
 
 
 @step(
@@ -75,8 +61,8 @@ def export_tflite(model: Artifact, *, spec: ExportTfliteSpec, ctx: StepContext) 
     torch_model.set_attn_implementation("eager")
     family = family_of(config)
     encoded = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
-    form, described, warnings = open_form(model.path, torch_model, encoded, family, spec, ctx)
-    kept = {name: config[name] for name in _KEPT if config.get(name) is not None} | described
+    form, described, warnings = open_form(model.path, torch_model, encoded, family, _wanted(spec, ctx), ctx)
+    kept = kept_config(config) | described
     for folder in (ctx.work, ctx.out):
         (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
@@ -85,7 +71,7 @@ def export_tflite(model: Artifact, *, spec: ExportTfliteSpec, ctx: StepContext) 
     expected = form.reference(torch_model)
     use_export_attention(torch_model)
     to_litert(form.signatures(torch_model, lookup=spec.precision == "int8"), floats)
-    _check_faithful(form, expected, floats, config["model_type"], ctx)
+    check_faithful(form.given(open_export(floats, ctx.threads)), expected, _FAITHFUL, config["model_type"])
     float_size = floats.stat().st_size
     tied = tied_weights(torch_model)
     del torch_model
@@ -146,23 +132,20 @@ def export_tflite(model: Artifact, *, spec: ExportTfliteSpec, ctx: StepContext) 
     return StepResult("export", written.touched, summary, written.left, properties, metrics, tuple(warnings))
 
 
-def _check_faithful(form: Form, expected: Sequence[np.ndarray], path: Path, model_type: str, ctx: StepContext) -> None:
-    """Compare the float file with torch.
-
-    Raises:
-        StepError: they differ by more than rounding, for example because the model ignores a ready-made mask.
-    """
-    for given, wanted in zip(form.given(LiteFile(path, ctx.threads)), expected, strict=True):
-        error = float(np.abs(given - wanted).max() / max(float(np.abs(wanted).max()), 1e-6))
-        if not error <= _FAITHFUL:
-            raise StepError(
-                f"the converted file does not compute what this {model_type} computes: its logits differ by "
-                f"{error:.1%}; the model type cannot be exported"
-            )
+def _wanted(spec: ExportTfliteSpec, ctx: StepContext) -> Wanted:
+    length = spec.length or ctx.data.max_length
+    return Wanted(
+        batch=spec.batch,
+        length=length,
+        cache=(spec.cache or length) if spec.generates else None,
+        target_length=target_length(spec.cache, ctx.task, ctx.data),
+        duration=spec.duration,
+        samples=spec.calibration_samples if spec.precision == "int8" else max(spec.batch, 2),
+    )
 
 
 def _check_runs(form: Form, path: Path, ctx: StepContext) -> None:
-    if not all(np.isfinite(logits).all() for logits in form.given(LiteFile(path, ctx.threads))):
+    if not all(np.isfinite(logits).all() for logits in form.given(open_export(path, ctx.threads))):
         raise StepError("the quantised file gives values that are not finite; use another precision")
 
 

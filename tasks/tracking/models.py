@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
 from tasks import journal
+from tasks.export.runtime import first_file
 from tasks.journal import Event
 from tasks.tracking.clean import clean_copy
 from tasks.tracking.settings import Refused
@@ -38,14 +39,16 @@ EXAMPLES: dict[Task, str] = {
 }
 
 _REQUIRED = {
-    "tflite": ("mlflow", "numpy", "pandas", "ai-edge-litert", "transformers"),
-    "torch": ("mlflow", "numpy", "pandas", "torch", "transformers", "safetensors"),
+    ".tflite": ("mlflow", "numpy", "pandas", "ai-edge-litert", "transformers"),
+    ".onnx": ("mlflow", "numpy", "pandas", "onnxruntime", "transformers"),
+    "": ("mlflow", "numpy", "pandas", "torch", "transformers", "safetensors"),
 }
+"""What a served model needs, by the suffix of an exported file; without one it runs in torch."""
 
 _AUDIO = ("soundfile", "soxr")
 
 _OWN_LOOP: tuple[Task, ...] = ("translation", "speech-recognition")
-"""Tasks whose LiteRT files are run by Lathe's own runtime."""
+"""Tasks whose exported files are run by Lathe's own loop."""
 
 _LOADING = {
     True: "To load it, install Lathe from its source; no requirement names it, as it is on no package index.",
@@ -165,8 +168,7 @@ def save_model(out: Path, files: dict[str, Path], task: Task, *, model: str | No
     import pandas
     from mlflow.models import Model
 
-    flavour = "tflite" if any(files["model"].glob("*.tflite")) else "torch"
-    needed = _REQUIRED[flavour] + (_AUDIO if task == "speech-recognition" else ())
+    needed = _REQUIRED[_suffix(files["model"])] + (_AUDIO if task == "speech-recognition" else ())
     versions = {name: found for name in needed if (found := journal.library_version(name))}
     mlflow.pyfunc.save_model(
         path=str(out),
@@ -182,7 +184,13 @@ def save_model(out: Path, files: dict[str, Path], task: Task, *, model: str | No
 
 def needs_lathe(folder: Path, task: Task) -> bool:
     """Whether the artifact in ``folder`` cannot be loaded by public libraries alone."""
-    return (folder / "lathe.json").exists() or (task in _OWN_LOOP and any(folder.glob("*.tflite")))
+    return (folder / "lathe.json").exists() or (task in _OWN_LOOP and bool(_suffix(folder)))
+
+
+def _suffix(folder: Path) -> str:
+    """How the name of an exported file in ``folder`` ends; empty where there is none."""
+    file = first_file(folder)
+    return file.suffix if file else ""
 
 
 def _silence() -> bytes:

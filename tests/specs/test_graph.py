@@ -151,13 +151,14 @@ STEPS = {
         "'e' gives an export",
         "needs: baseline",
     ),
-    "mixes kinds": (
-        "- {id: e, uses: export_tflite}\n  - {id: b, uses: select, from: [e, baseline], minimise: size}",
-        "e, base",
+    "changes what may be an export": (
+        "- {id: e, uses: export_tflite}\n  - {id: q, uses: quantize, needs: baseline}\n"
+        "  - {id: b, uses: select, from: [q, e], minimise: size}\n  - {id: c, uses: prune, sparsity: 50%}",
+        "prune",
         1,
-        "steps.b.from[0]",
-        "mixes exports and models",
-        "choose among",
+        "steps.c.uses",
+        "'b' gives an export",
+        "needs: baseline",
     ),
     "metric of no input": (
         "- {id: e, uses: export_tflite}\n  - {id: b, uses: select, from: [e], minimise: npu_cycles}",

@@ -294,7 +294,7 @@ def test_parity_sees_a_wrong_reference(
     from safetensors.numpy import load_file, save_file
 
     from tasks.evaluate import parity
-    from tasks.evaluate.lite_runners import open_file
+    from tasks.evaluate.export_runners import open_file
 
     wrong = root / "wrong"
     wrong.mkdir()

@@ -91,7 +91,7 @@ class ExportTfliteSpec(StepSpec):
         return "export"
 
     def measurable(self, kind: Kind, taken: tuple[frozenset[str], ...]) -> frozenset[str]:
-        return frozenset(("any", "export", "npu") if self.npu is not None else ("any", "export"))
+        return frozenset(("any", "derived", "npu") if self.npu is not None else ("any", "derived"))
 
     def estimate(self, model: int) -> tuple[int, int]:
         # The converter holds the float graph several times.
@@ -109,5 +109,47 @@ class ExportTfliteSpec(StepSpec):
         if self.npu is None and (self.npu_system_config or self.npu_memory_mode):
             raise ValueError(
                 "npu_system_config and npu_memory_mode need a target; write for example npu: ethos-u85-256"
+            )
+        return self
+
+
+class ExportOnnxSpec(StepSpec):
+    """Write the model as ONNX for ONNX Runtime on a CPU; batch and length are free. A classifier takes ids and mask and
+    gives logits; a decoder takes a KV cache too and gives the new one, so that one graph scores and writes; a
+    translation model and Whisper are an encoder and a decoder that share one file of weights; a CTC model takes
+    samples. ``int8-dynamic`` stores products and embeddings as int8, one scale a row, and quantizes activations as they
+    come."""
+
+    makes: ClassVar[tuple[Kind, ...]] = ("export",)
+
+    uses: Literal["export_onnx"]
+    precision: Literal["float32", "int8-dynamic"] = Field(
+        default="float32", description="weights of the file; int8-dynamic keeps float activations between products"
+    )
+    reduce_range: bool | None = Field(
+        default=None,
+        examples=["false"],
+        description="int8-dynamic: whether the weights of products have 7 bits instead of 8: an x86 CPU without VNNI "
+        "adds products of 8 bits in 16 and overflows; one with VNNI, or an ARM CPU, is more exact with 8; default: "
+        "true, which is right on every CPU",
+    )
+
+    @property
+    def reduces(self) -> bool:
+        """Whether products have weights of 7 bits."""
+        return self.reduce_range is not False
+
+    def gives(self, taken: tuple[Kind, ...]) -> Kind:
+        return "export"
+
+    def estimate(self, model: int) -> tuple[int, int]:
+        return model // (4 if self.precision == "int8-dynamic" else 1), 5 * model + 2 * RUNTIME_BYTES
+
+    @model_validator(mode="after")
+    def _range_needs_int8(self) -> ExportOnnxSpec:
+        if self.reduce_range is not None and self.precision != "int8-dynamic":
+            raise FieldError(
+                "reduce_range",
+                f"precision {self.precision} has no range; leave it out or write precision: int8-dynamic",
             )
         return self

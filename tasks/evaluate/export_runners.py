@@ -1,4 +1,4 @@
-"""Exported files in LiteRT; nothing of torch is imported."""
+"""Exported files in their own runtimes; nothing of torch is imported."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from tasks.evaluate.runners import Inputs, Runner, Writer
 
 
 def open_file(path: Path, threads: int) -> Runner | Writer:
-    """The exported file, as what its signatures say that it is."""
+    """The exported file, as what its inputs say that it is."""
     from tasks.export.runtime import open_export
 
     model = open_export(path, threads)
-    return LiteWriter(model) if hasattr(model, "write") else LiteRunner(model)
+    return ExportWriter(model) if hasattr(model, "write") else ExportRunner(model)
 
 
-class LiteRunner:
+class ExportRunner:
     """A classifier or a scorer of text."""
-
-    vocabulary = 0
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.batch: int | None = model.batch
         self.length: int | None = model.length
-        self.positions: int | None = model.cache or model.length
-        self.rescores = model.cache is None
+        self.positions: int | None = model.positions
+        self.rescores: bool = model.rescores
+        # A file of fixed shape makes the same of every batch; else it is the caller who says how much there is.
+        self.vocabulary: int = 0 if model.batch else model.vocab or 0
 
     def logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.asarray(self.model.run(ids.astype(np.int32), mask.astype(np.int32)), np.float32)
+        return np.asarray(self.model.run(ids, mask), np.float32)
 
     def nll(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         logits = self.logits(ids, mask)
@@ -43,20 +43,19 @@ class LiteRunner:
         return self.model.generate(prompt.tolist(), limit, eos)
 
     def caller(self, ids: np.ndarray, mask: np.ndarray) -> Callable[[], object]:
-        ids, mask = ids.astype(np.int32), mask.astype(np.int32)
         return lambda: self.model.run(ids, mask)
 
 
-class LiteWriter:
+class ExportWriter:
     """An encoder-decoder, or a model for CTC."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.batch: int | None = model.batch
         self.length: int | None = model.length
-        self.positions: int | None = model.length
-        self.target_length: int | None = getattr(model, "target_length", None)
-        self.at_once = self.target_length is None
+        self.positions: int | None = model.positions
+        self.target_length: int | None = model.target_length
+        self.at_once: bool = model.at_once
 
     def write(self, inputs: Inputs, limit: int) -> list[list[int]]:
         return self.model.write(dict(inputs), limit)
