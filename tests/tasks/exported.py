@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from specs.schema.base import Task
-from specs.schema.steps.export import ExportTfliteSpec
+from specs.schema.steps.export import ExportOnnxSpec, ExportTfliteSpec
 from tasks.context import StepContext, StepResult
 from tests import support
 
@@ -83,6 +83,16 @@ def export(family: str, precision: str = "float32", name: str = "", **fields: An
     ctx = context(family, told)
     result = export_tflite(support.as_artifact(model(family)), spec=spec(precision, **fields), ctx=ctx)
     return ctx.out, result
+
+
+@cache
+def onnx_export(family: str, precision: str = "float32", name: str = "") -> tuple[Path, StepResult]:
+    """The folder and the result of an ONNX export."""
+    from tasks.export.onnx import export_onnx
+
+    ctx = context(family, f"onnx-{precision}{name}")
+    wanted = ExportOnnxSpec.model_validate({"uses": "export_onnx", "id": "export", "precision": precision})
+    return ctx.out, export_onnx(support.as_artifact(model(family)), spec=wanted, ctx=ctx)
 
 
 def copied(family: str, to: Path, **config: Any) -> Path:
