@@ -17,7 +17,7 @@ from tasks.export.names import ONNX_ENCODER, ONNX_FILE, ONNX_WEIGHTS
 from tasks.export.onnx_convert import save, to_onnx
 from tasks.export.onnx_file import OnnxFile
 from tasks.export.onnx_graphs import graphs
-from tasks.export.onnx_preflight import check_export, limits, refuses
+from tasks.export.onnx_preflight import check_export, limits
 from tasks.export.onnx_quantize import apply, plan
 from tasks.export.onnx_written import check_written, read_back
 from tasks.export.preflight import target_length
@@ -35,7 +35,6 @@ _EXAMPLES = 2
     ExportOnnxSpec,
     libraries=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     preflight=check_export,
-    refuses=refuses,
 )
 def export_onnx(model: Artifact, *, spec: ExportOnnxSpec, ctx: StepContext) -> StepResult:
     """Write ``model`` as ONNX of free batch and length.

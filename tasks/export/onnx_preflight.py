@@ -5,21 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specs.schema.base import Task
 from specs.schema.steps.export import ExportOnnxSpec
 from tasks.export.preflight import UNCACHED, UNFAITHFUL, positions_of, window_of
 
-if TYPE_CHECKING:
-    from tasks.models.applications import Family
-
 _VNNI = ("avx512_vnni", "avx_vnni")
-
-
-def refuses(spec: ExportOnnxSpec | None, family: Family, task: Task) -> str | None:
-    """Every family that does a task can be exported for it."""
-    return None
 
 
 def limits(config: Mapping[str, Any], task: Task) -> dict[str, int]:
