@@ -72,14 +72,14 @@ def listener(model: Any, lookup: bool, samples: Sequence[np.ndarray] = (), dense
                 hidden = _convolve_samples(hidden, layer.conv) if first else _convolve(hidden, layer.conv)
                 norm = getattr(layer, "layer_norm", None)
                 if isinstance(norm, nn.GroupNorm):
-                    counts = _whole_frames(attention_mask, layers[: number + 1])
+                    counts = _whole_frames(attention_mask, layers[: number + 1], None if dense else hidden.shape[-1])
                     hidden = _norm_of_channels(hidden, self.flags(counts)[:, None, None], norm, sizes.get(number))
                 elif norm is not None:
                     hidden = _norm_of_frames(hidden, norm)
                 hidden = layer.activation(hidden)
             projected = base.feature_projection(hidden.permute(0, 2, 3, 1)[:, 0])
-            mask = _whole_frames(attention_mask, layers)
             hidden = projected[0] if isinstance(projected, tuple) else projected
+            mask = _whole_frames(attention_mask, layers, None if dense else hidden.shape[1])
             hidden = hidden * self.flags(mask)[..., None]
             with padding(self.bias(mask)[:, None, None]):
                 hidden = base.encoder(hidden).last_hidden_state
@@ -91,13 +91,16 @@ def listener(model: Any, lookup: bool, samples: Sequence[np.ndarray] = (), dense
     return Ctc()
 
 
-def _whole_frames(mask: Tensor, layers: Sequence[Any]) -> Tensor:
-    """The mask of the frames that convolutions make of samples: a frame counts where its last sample does."""
+def _whole_frames(mask: Tensor, layers: Sequence[Any], frames: int | None) -> Tensor:
+    """The mask of the frames that convolutions make of samples: a frame counts where its last sample does. With
+    ``frames``, how many they are, the samples are looked up, so that a free length is seen to be that of the frames."""
+    import torch
+
     reach, step = 1, 1
     for layer in layers:
         reach += (layer.conv.kernel_size[0] - 1) * step
         step *= layer.conv.stride[0]
-    return mask[:, reach - 1 :: step]
+    return mask[:, reach - 1 :: step] if frames is None else mask[:, torch.arange(frames) * step + reach - 1]
 
 
 def _convolve_samples(samples: Tensor, conv: nn.Conv1d) -> Tensor:

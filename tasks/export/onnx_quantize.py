@@ -54,6 +54,7 @@ def plan(model: Any, reduce_range: bool) -> Plan:
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     turned = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
     changes: list[Change] = []
     left: dict[str, str] = {}
     for node in model.graph.node:
@@ -73,6 +74,9 @@ def plan(model: Any, reduce_range: bool) -> Plan:
             changes.append(Change(node.name, "lookup", weight, True))
         else:
             flipped = weight != given or any(one.name == "transB" and one.i for one in node.attribute)
+            if weight in tables and not flipped:
+                left[node.name] = f"{4 * size} bytes stay float32: the table's rows are not this product's outputs"
+                continue
             changes.append(Change(node.name, "product", weight, flipped, given if weight != given else ""))
     products = {change.weight for change in changes if change.kind == "product"}
     limits = {change.weight: 64 if reduce_range and change.weight in products else 127 for change in changes}
@@ -121,6 +125,7 @@ def apply(model: Any, planned: Plan) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     made: dict[str, Any] = {}
     tables = {change.weight for change in planned.changes if change.kind == "lookup" or change.table}
+    shared = {change.weight for change in planned.changes if change.kind == "product"} & tables
     for change in planned.changes:
         if _packed(change.weight) in made:
             continue
@@ -131,7 +136,6 @@ def apply(model: Any, planned: Plan) -> None:
             packed, scale = np.ascontiguousarray(packed.T), scale[:, 0]
         for name, array in ((_packed(change.weight), packed), (_scale(change.weight), scale)):
             made[name] = numpy_helper.from_array(array, name)
-    shared = {change.weight: change for change in planned.changes if change.table}
     nodes: list[Any] = []
     for weight in sorted(shared):
         nodes += _turned(weight, made)
@@ -146,7 +150,7 @@ def apply(model: Any, planned: Plan) -> None:
         elif change.kind == "lookup":
             nodes += _lookup(node, change)
         else:
-            nodes += _product(node, change, ranges)
+            nodes += _product(node, change.weight, "_turned" if change.weight in shared else "", ranges)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for name, tensor in constants.items() if name in used]
     del graph.node[:], graph.initializer[:]
@@ -187,12 +191,11 @@ def _lookup(node: Any, change: Change) -> Sequence[Any]:
     )
 
 
-def _product(node: Any, change: Change, ranges: dict[str, str]) -> Sequence[Any]:
+def _product(node: Any, constant: str, behind: str, ranges: dict[str, str]) -> Sequence[Any]:
     from onnx import TensorProto, helper
 
     given, out = node.input[0], node.output[0]
-    behind = "_turned" if change.table else ""
-    weight, scale = _packed(change.weight) + behind, _scale(change.weight) + behind
+    weight, scale = _packed(constant) + behind, _scale(constant) + behind
     nodes = []
     if given not in ranges:
         ranges[given] = f"{given}_uint8"

@@ -68,6 +68,18 @@ def test_the_baseline_is_the_model_and_is_not_written_in_a_spec(tmp_path: Path) 
     assert BaselineSpec not in KINDS.values()
 
 
+def test_select_chooses_among_runtimes_by_what_they_all_have(tmp_path: Path) -> None:
+    steps = (
+        "  - {id: fbgemm, uses: quantize, needs: baseline}\n"
+        "  - {id: onnx, uses: export_onnx, precision: int8-dynamic, needs: baseline}\n"
+        "  - {id: lite, uses: export_tflite, precision: int8-dynamic, needs: baseline}\n"
+        "  - {id: cpu, uses: select, from: [fbgemm, onnx, lite], minimise: latency_p50}\n"
+        "gates:\n  - {step: cpu, metric: parity_error, at_most: 5%}\n"
+    )
+    graph = _graph(tmp_path, steps)
+    assert [node.kind for node in graph] == ["model", "packed", "export", "export", "export"]
+
+
 STEPS = {
     "duplicate id": (
         "- {id: a, uses: finetune}\n  - {id: a, uses: finetune}",

@@ -140,6 +140,25 @@ def test_a_table_that_is_looked_up_and_multiplied_by_is_stored_once(random: np.r
     np.testing.assert_allclose(run(model, ids=ids), dynamic(left[ids]) @ left.T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_table_serves_a_product_by_its_rows_and_no_other(random: np.random.Generator):
+    from onnx import helper
+
+    table = random.normal(size=(WIDTH, WIDTH)).astype(np.float32)
+    look = helper.make_node("Gather", ["t", "ids"], ["rows"], name="look")
+    ids = np.array([0, 5, 39])
+    left = by_rows(table, 64)
+    product = helper.make_node("Gemm", ["rows", "t"], ["out"], name="p", transB=1)
+    turned = made([look, product], {"t": table}, {"ids": [3]}, [3, WIDTH])
+    apply(turned, plan(turned, True))
+    np.testing.assert_allclose(run(turned, ids=ids), dynamic(left[ids]) @ left.T, rtol=1e-4, atol=1e-4)
+    product = helper.make_node("MatMul", ["rows", "t"], ["out"], name="p")
+    straight = made([look, product], {"t": table}, {"ids": [3]}, [3, WIDTH])
+    planned = plan(straight, True)
+    assert "the table's rows are not this product's outputs" in planned.left["p"]
+    apply(straight, planned)
+    np.testing.assert_allclose(run(straight, ids=ids), by_rows(table, 127)[ids] @ table, rtol=1e-4, atol=1e-4)
+
+
 def test_equal_weights_are_stored_once(random: np.random.Generator):
     from onnx import helper
 

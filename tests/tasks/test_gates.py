@@ -303,6 +303,22 @@ def test_select_takes_the_best_that_passes(branches: dict[str, Artifact], tmp_pa
     assert os.stat(ctx.out / "model.tflite").st_nlink == 2
 
 
+def test_select_keeps_what_every_candidate_measured(branches: dict[str, Artifact], tmp_path: Path) -> None:
+    branches["a"] = support.as_artifact(branches["a"].path, "packed", key="a" * 64)
+    found = {
+        "a": evaluation(tmp_path, kind="packed", parity_error=0.01, latency_p50=0.004),
+        "b": evaluation(tmp_path, kind="export", parity_error=0.2, latency_p50=0.001),
+    }
+    limit = GateSpec.model_validate({"step": "best", "metric": "parity_error", "at_most": "5%"})
+    result, _ = _select(branches, tmp_path, found, [limit], minimise="latency_p50")
+    assert (result.kind, result.properties["chosen"]) == ("packed", "a")
+    kept = result.properties["candidates"]
+    assert kept["a"]["metrics"] == {"parity_error": 0.01, "latency_p50": 0.004}
+    assert kept["a"]["reasons"] == []
+    assert kept["b"]["reasons"] == ["parity_error ≤ 5% failed at 20%"]
+    assert kept["c"] == {"reasons": ["was not evaluated; write evaluate: true"]}
+
+
 def test_select_without_gates_names_the_others(branches: dict[str, Artifact], tmp_path: Path) -> None:
     found = {name: evaluation(tmp_path, accuracy=value) for name, value in (("a", 0.8), ("b", 0.9), ("c", 0.9))}
     result, _ = _select(branches, tmp_path, found, maximise="accuracy")
