@@ -85,9 +85,13 @@ def export(family: str, precision: str = "float32", name: str = "", **fields: An
     return ctx.out, result
 
 
-@cache
 def onnx_export(family: str, precision: str = "float32", name: str = "") -> tuple[Path, StepResult]:
     """The folder and the result of an ONNX export."""
+    return _onnx_export(family, precision, name)
+
+
+@cache
+def _onnx_export(family: str, precision: str, name: str) -> tuple[Path, StepResult]:
     from tasks.export.onnx import export_onnx
 
     ctx = context(family, f"onnx-{precision}{name}")
