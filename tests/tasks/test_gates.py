@@ -315,7 +315,7 @@ def test_select_keeps_what_every_candidate_measured(branches: dict[str, Artifact
     kept = result.properties["candidates"]
     assert kept["a"]["metrics"] == {"parity_error": 0.01, "latency_p50": 0.004}
     assert kept["a"]["reasons"] == []
-    assert kept["b"]["reasons"] == ["parity_error ≤ 5% failed at 20%"]
+    assert kept["b"]["reasons"] == ["parity_error ≤ 5% failed at 0.200"]
     assert kept["c"] == {"reasons": ["was not evaluated; write evaluate: true"]}
 
 
