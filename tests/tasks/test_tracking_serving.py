@@ -67,12 +67,13 @@ def test_a_packed_model_asks_for_lathe_and_no_index_is_asked_for_it(tmp_path: Pa
     import mlflow.pyfunc
     import torch
 
-    from tasks.compress.quantize import pack, plan_int8
+    from tasks.compress.packing import pack_int8
+    from tasks.compress.selection import select
     from tasks.models import load, load_tokenizer, save
 
     plain, packed, out = exported.model("bert"), tmp_path / "packed", tmp_path / "out"
     network = load(plain)
-    network, entry = pack(network, plan_int8(network))
+    network, entry = pack_int8(network, select(network))
     save(network, packed, tokenizer_from=plain, transforms=[entry])
     assert needs_lathe(packed, "text-classification")
     assert not needs_lathe(plain, "text-classification")
