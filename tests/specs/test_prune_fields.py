@@ -15,6 +15,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "movement": {"sparsity": 0.5, "recover": {"epochs": 1}},
     "wanda": {"sparsity": 0.5},
     "sparsegpt": {"pattern": "2:4"},
+    "width": {"keep": "50%"},
+    "depth": {"keep": "5M"},
+    "vocabulary": {},
 }
 VALUES: dict[str, Any] = {
     "threshold": 0.1,
@@ -27,6 +30,11 @@ VALUES: dict[str, Any] = {
     "calibration_examples": 4,
     "damping": 0.1,
     "block_size": 8,
+    "keep": "25%",
+    "parts": ["ffn"],
+    "stacks": ["decoder"],
+    "importance": "taylor",
+    "multiple_of": 4,
     "recover": {"epochs": 1},
 }
 
@@ -84,10 +92,15 @@ def test_a_missing_field_is_named_with_an_example(method: str, group: tuple[str,
         ("magnitude", {"sparsity": 0.5, "ramp": 0.5}, "`ramp` is for a sparsity that rises; write schedule: cubic"),
         ("magnitude", {"sparsity": 0.5, "mask_steps": 5}, "`mask_steps` is for a sparsity that rises"),
         ("wanda", {"sparsity": 0.5, "recover": {"keep_zeros": False}}, "leave keep_zeros out"),
+        ("width", {"keep": 0.5, "parts": ["ffn", "ffn"]}, "names the same twice"),
     ],
 )
 def test_fields_that_do_not_go_together(method: str, fields: dict[str, Any], message: str) -> None:
     assert message in refusal(method, **fields)
+
+
+def test_where_no_zeros_are_made_those_that_come_in_may_go() -> None:
+    assert spec("width", keep="50%", recover={"keep_zeros": False}).recover is not None
 
 
 def test_a_pattern_names_what_is_kept() -> None:

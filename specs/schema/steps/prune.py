@@ -216,7 +216,8 @@ class PruneSpec(StepSpec):
             for name in ("ramp", "mask_steps"):
                 if getattr(self, name) != PruneSpec.model_fields[name].default:
                     raise FieldError(name, f"`{name}` is for a sparsity that rises; write schedule: cubic")
-        if self.recover is not None and not self.recover.keep_zeros:
+        makes_zeros = self.method not in (*STRUCTURED, "vocabulary")
+        if makes_zeros and self.recover is not None and not self.recover.keep_zeros:
             raise FieldError("recover.keep_zeros", "the zeros of this step are kept in any case; leave keep_zeros out")
         return self
 
