@@ -15,7 +15,7 @@ SPECS = Path(__file__).parents[2] / "specs"
 SMALL = ("gates=[]", "evaluate.latency.repeats=3", "evaluate.latency.warmup=1", "evaluate.bootstrap=100")
 
 WHISPER = (
-    "model.config={model_type: whisper, vocab_size: 64, d_model: 32, encoder_layers: 1, decoder_layers: 1, "
+    "model.config={model_type: whisper, vocab_size: 300, d_model: 32, encoder_layers: 1, decoder_layers: 1, "
     "encoder_attention_heads: 2, decoder_attention_heads: 2, encoder_ffn_dim: 64, decoder_ffn_dim: 64, "
     "max_source_positions: 200, max_target_positions: 32, num_mel_bins: 40}",
     "data.max_length=32",
