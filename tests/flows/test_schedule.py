@@ -39,7 +39,7 @@ def test_a_schedule_needs_a_server_that_stays(lonely: Project):
     assert "lathe up" in done.stderr
     done = lonely.lathe("deploy", "spec.yaml", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert done.returncode == 3
-    assert "http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "http://127.0.0.1:9/api/ does not answer" in done.stderr
     assert "lathe up" in done.stderr
     assert "serving" not in done.stderr
 
