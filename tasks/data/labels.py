@@ -38,6 +38,8 @@ def agree(found: tuple[str, ...], of_model: tuple[str, ...] | None) -> tuple[str
     """
     if of_model is None:
         return None
+    if set(found) == set(of_model):
+        return of_model
     theirs = {name.casefold() for name in of_model}
     if {name.casefold() for name in found} == theirs and len(found) == len(theirs) == len(of_model):
         return of_model

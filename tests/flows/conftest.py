@@ -135,10 +135,10 @@ class Project:
             start_new_session=True,
         )
 
-    def lathe(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """The command, run to its end."""
+    def lathe(self, *arguments: str, patience: float = 280, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The command, run to its end, which has to come within ``patience`` seconds."""
         process = self.start(*arguments, **variables)
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=patience)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def outcome(self, *arguments: str, **variables: str) -> tuple[int, dict[str, Any]]:

@@ -307,7 +307,7 @@ def test_texts_are_filtered_by_their_tokens_uncut_and_without_special_ones(tmp_p
         encoded, filtered = counts(data, task, model, tmp_path)  # type: ignore[arg-type]
         assert len(set(encoded.document.tolist())) == 3
         assert filtered == {f"fewer than {tokens[1]} tokens": 1, f"more than {tokens[3]} tokens": 1}
-        (warning,) = encoded.warnings
+        warning = encoded.warnings[0]
         assert warning.startswith(f"data.train: data.filter left out 2, fewer than {tokens[1]} tokens: 1, more")
         names = ("0", "1") if task == "text-classification" else ()
         whole = tokenise(job_of(data, "eval", task, model, tmp_path, names))  # type: ignore[arg-type]
