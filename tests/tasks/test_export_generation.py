@@ -120,7 +120,7 @@ def test_a_prompt_that_does_not_fit_is_refused(ids: list[Any], message: str):
         opened("llama").generate(ids, 4)
 
 
-@pytest.mark.parametrize(("family", "precision", "error"), [("gpt2", "int8-dynamic", 0.1), ("llama", "int8", 0.35)])
+@pytest.mark.parametrize(("family", "precision", "error"), [("gpt2", "int8-dynamic", 0.1), ("llama", "int8", 0.75)])
 def test_quantised_files_write_as_they_score(family: str, precision: str, error: float):
     folder, result = exported.export(family, precision)
     lite = LiteRTModel(folder / "model.tflite", threads=2)
