@@ -140,7 +140,7 @@ class Onnx:
             if port.name not in given:
                 sizes = (size if isinstance(size, int) else 0 for size in port.shape[1:])
                 given[port.name] = np.zeros((len(input_ids), *sizes), np.float32)
-        return self.session.run(["logits"], given)[0]
+        return self.session.run(["logits"], given)[0]  # type: ignore
 
 
 class Writer:

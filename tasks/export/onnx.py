@@ -116,7 +116,7 @@ def export_onnx(model: Artifact, *, spec: ExportOnnxSpec, ctx: StepContext) -> S
         "family": family,
         "inputs": {name: _inputs(ctx.out / name) for name in converted},
         "vocab": config.get("vocab_size"),
-        "labels": list(labels.values()),
+        "labels": list(labels.values()),  # type: ignore
         "operators": dict(sorted(written.kinds.items())),
         "quantized_operators": written.quantized,
         "float_operators": written.floating,

@@ -134,7 +134,7 @@ def _share(model: Any) -> None:
         table = first.get(_mark(np.ascontiguousarray(values.T))) if values.ndim == 2 else None
         if table in tables and table != tensor.name:
             name = f"Transpose {table}"
-            turned.append(helper.make_node("Transpose", [table], [tensor.name], name=name, perm=[1, 0]))
+            turned.append(helper.make_node("Transpose", [table], [tensor.name], name=name, perm=[1, 0]))  # type: ignore
             continue
         kept.append(tensor)
     for node in graph.node:

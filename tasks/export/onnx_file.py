@@ -68,7 +68,7 @@ class OnnxFile:
             InputError: an input is missing or of another rank or fixed size than the graph's.
         """
         given = {name: self._fitting(name, inputs.get(name)) for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(self.outputs, given), strict=True))
+        return dict(zip(self.outputs, self._session.run(self.outputs, given), strict=True))  # type: ignore
 
     def _fitting(self, name: str, values: NDArray[Any] | None) -> NDArray[Any]:
         port = self.inputs[name]
