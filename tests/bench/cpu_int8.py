@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ def once(folder: Path, make: Callable[[Any], Any], work: Path, data: DataSpec, m
     """The folder of a step's artifact, made unless it is there."""
     out = work / folder / "out"
     if not (work / folder / "done").exists():
+        for begun in ("out", "work"):
+            shutil.rmtree(work / folder / begun, ignore_errors=True)
         fields = {} if model is None else {"model": model}
         make(context(work / folder, TASK, data, store=work / "store", threads=os.cpu_count() or 1, **fields))
         (work / folder / "done").touch()
