@@ -86,14 +86,13 @@ def own_recipe(folder: Path, out: Path, *, best: bool) -> None:
     floats = out.with_name("plain.onnx")
     if not floats.exists():
         model: Any = load(folder)
-        ids = torch.ones(3, 5, dtype=torch.long)
         free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         names = ["input_ids", "attention_mask"]
         torch.onnx.export(
             model,
             (),
             str(floats),
-            kwargs=dict.fromkeys(names, ids),
+            kwargs={name: torch.ones(3, 5, dtype=torch.long) for name in names},
             dynamic_shapes=dict.fromkeys(names, free),
             input_names=names,
             output_names=["logits"],
@@ -155,7 +154,7 @@ def candidates(args: argparse.Namespace, data: DataSpec, tuned: Path) -> dict[st
 
 
 def quality(calls: dict[int, Call], ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Logits of every example, by the smallest batch."""
+    """Logits of every example, by the smallest batch: the range of activations is that of a batch."""
     size = min(calls)
     parts = []
     for start in range(0, len(ids), size):
