@@ -35,6 +35,18 @@ def test_labels(tmp_path: Path) -> None:
     np.testing.assert_allclose(lite["score"], torch["score"], atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "task"), [("bert", "text-classification"), ("llama", "text-generation")])
+def test_an_onnx_file_answers_as_torch_does(tmp_path: Path, family: str, task: Task) -> None:
+    count = {"max_new_tokens": 4} if task == "text-generation" else None
+    torch = answers(exported.model(family), tmp_path / "torch", task, count)
+    folder = exported.onnx_export(family)[0]
+    found = answers(folder, tmp_path / "onnx", task, count)
+    told = "label" if task == "text-classification" else "text"
+    assert list(found[told]) == list(torch[told])
+    assert "onnxruntime==" in (tmp_path / "onnx" / "requirements.txt").read_text()
+    assert not needs_lathe(folder, task)
+
+
 def test_quantised_outputs_are_scaled_as_evaluation_scales_them(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
