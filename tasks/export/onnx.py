@@ -68,7 +68,7 @@ def export_onnx(model: Artifact, *, spec: ExportOnnxSpec, ctx: StepContext) -> S
         samples=_EXAMPLES,
     )
     form, described, warnings = open_form(model.path, torch_model, encoded, family, wanted, ctx)
-    kept: dict[str, Any] = kept_config(config) | limit | described
+    kept = kept_config(config) | limit | described
     floats = ctx.work / "float"
     floats.mkdir()
     for folder in (floats, ctx.out):

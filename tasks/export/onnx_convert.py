@@ -131,7 +131,7 @@ def _share(model: Any) -> None:
         if same != tensor.name:
             renamed[tensor.name] = same
             continue
-        table = first.get(_mark(np.ascontiguousarray(values.T)), "") if values.ndim == 2 else ""
+        table = first.get(_mark(np.ascontiguousarray(values.T))) if values.ndim == 2 else None
         if table in tables and table != tensor.name:
             name = f"Transpose {table}"
             turned.append(helper.make_node("Transpose", [table], [tensor.name], name=name, perm=[1, 0]))  # type: ignore

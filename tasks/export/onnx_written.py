@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from tasks.context import StepError
-from tasks.export.constants import Constant
+from tasks.export.onnx_constants import SUFFIX, read_graph
 from tasks.export.written import Written
 
 _WEIGHTED = ("MatMul", "Gemm", "Conv", "Gather")
-_SUFFIX = ".onnx"
-
-
-def constants(path: Path) -> Iterator[Constant]:
-    """The constants of the ONNX files in the folder of ``path``; one that several graphs read counts once."""
-    from onnx import TensorProto, numpy_helper
-
-    seen: set[tuple[str, str]] = set()
-    for file in sorted(path.parent.glob(f"*{_SUFFIX}")):
-        for tensor in _read(file).graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                place = {entry.key: entry.value for entry in tensor.external_data}
-                if (place["location"], place["offset"]) in seen:
-                    continue
-                seen.add((place["location"], place["offset"]))
-            values = numpy_helper.to_array(tensor, base_dir=str(file.parent))
-            is_scale = tensor.name.endswith("_scale")
-            is_weight = (values.dtype.kind == "f" or values.dtype in (np.int8, np.uint8)) and not is_scale
-            yield Constant(values.dtype.name, values.reshape(-1), 0, values.nbytes, is_weight)
 
 
 def read_back(folder: Path, unfit: Mapping[str, str]) -> Written:
@@ -46,10 +24,10 @@ def read_back(folder: Path, unfit: Mapping[str, str]) -> Written:
     touched: list[str] = []
     floating = 0
     bare: Counter[str] = Counter()
-    for file in sorted(folder.glob(f"*{_SUFFIX}")):
-        graph = _read(file).graph
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        graph = read_graph(file).graph
         types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        prefix = f"{file.stem}: " if len(list(folder.glob(f"*{_SUFFIX}"))) > 1 else ""
+        prefix = f"{file.stem}: " if len(list(folder.glob(f"*{SUFFIX}"))) > 1 else ""
         for node in graph.node:
             kinds[node.op_type] += 1
             packed = types.get(node.input[0]) == 3 if node.op_type == "Gather" else node.op_type == "MatMulInteger"
@@ -79,10 +57,3 @@ def check_written(written: Written, size: int, float_size: int) -> None:
             f"the int8-dynamic files have {size} bytes and the float32 files {float_size}: this model is too small to "
             "gain from it; use precision: float32"
         )
-
-
-def _read(file: Path) -> Any:
-    """The graph, without weights that lie in a file of their own."""
-    import onnx
-
-    return onnx.load(str(file), load_external_data=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.export import lite_constants, onnx_written
+from tasks.export import lite_constants, onnx_constants
 from tasks.export.constants import Constant
 from tasks.export.errors import InputError
 from tasks.export.lite_ctc import LiteRTCtc
@@ -74,7 +74,7 @@ RUNTIMES = {
         "onnxruntime",
         (ONNX_FILE, ONNX_ENCODER),
         _open_onnx,
-        onnx_written.constants,
+        onnx_constants.constants,
         "import onnxruntime\nmodel = onnxruntime.InferenceSession({})",
     ),
 }

@@ -161,7 +161,12 @@ def test_a_snippet_says_where_lathe_is_needed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     plain = snippet("model", tmp_path, "text-classification")
     assert plain.startswith("from transformers import AutoModelForSequenceClassification\n")
-    assert "tasks" not in snippet("export", tmp_path, "text-classification")
+    for name, module in (("model.onnx", "onnxruntime"), ("model.tflite", "ai_edge_litert.interpreter")):
+        (tmp_path / name).touch()
+        exported = snippet("export", tmp_path, "text-classification")
+        assert "tasks" not in exported
+        assert f" {module}" in exported
+        assert repr(str(tmp_path / name)) in exported
     packed = snippet("packed", tmp_path, "text-classification")
     assert "from tasks.models import load" in packed
     assert "Lathe's own format" in packed
