@@ -21,7 +21,7 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.due import SUPERSEDED, superseded
+from flows.due import cover_due
 from flows.errors import PlanError
 from flows.finish import Outcome, cut_short, finish
 from flows.home import Home, new_run_id
@@ -78,8 +78,7 @@ def optimize(
         SpecErrors: the spec is wrong.
         PlanError: the plan found a problem that makes the run pointless.
     """
-    if superseded():
-        return Cancelled(message=SUPERSEDED)
+    cover_due()
     path = Path(spec)
     loaded = load(path, overrides)
     place = Home(Path(home)) if home else Home.of(path)

@@ -19,7 +19,7 @@ from specs.schema.pipeline import ScheduleSpec
 
 CONCURRENT_RUNS = 1
 """A run that is due while the former one still goes waits for it, so that neither disturbs the other's figures; where
-several wait, all but the newest are skipped."""
+several wait, the first runs and the others are skipped."""
 
 
 def schedule_of(spec: ScheduleSpec) -> Schedule:

@@ -19,7 +19,7 @@ from prefect.states import Cancelled
 from specs.schema.base import StepSpec
 from specs.schema.load import secrets_of
 from specs.schema.redaction import redact, redact_values
-from tasks import events, supervise
+from tasks import events, forkserver, supervise
 from tasks.artifacts import LockCancelled, Store, StoreError, with_remedy
 from tasks.conditions import DERIVED, evaluation_key
 from tasks.context import Artifact, StepError
@@ -116,7 +116,8 @@ class _Attempt:
                         "checkpoints": str(self.store.checkpoints(self.job.key)),
                     },
                     threads=self.job.threads,
-                    patient=True,
+                    patient=supervise.side_by_side(),
+                    loaded=self.spec.heavy,
                 )
                 if standing is not None and self.store.digest(out) != standing.digest:
                     self.store.discard(self.job.key)  # the step is not reproducible; else others may be reading it
@@ -153,6 +154,7 @@ class _Attempt:
                     },
                     threads=measured["threads"],
                     patient=False,
+                    loaded=artifact.kind != "export",  # the memory of an export's runtime is its own
                 )
                 if standing is not None:
                     self.store.discard(key)
@@ -171,7 +173,7 @@ class _Attempt:
         made = datetime.fromisoformat(evaluation.manifest["created"]).timestamp()
         return self.job.force and made < self.job.started
 
-    def _child(self, job: Mapping[str, Any], threads: int, patient: bool) -> dict[str, Any]:
+    def _child(self, job: Mapping[str, Any], threads: int, patient: bool, loaded: bool) -> dict[str, Any]:
         shared = {
             "run_id": self.job.run_id,
             "task": self.job.task,
@@ -185,6 +187,7 @@ class _Attempt:
             {**shared, **job},
             threads=self.job.threads,
             patient=patient,
+            loaded=loaded and forkserver.available(self.job.device),
             log=self.log,
             on_event=self._on_event,
             timeout=self.spec.timeout,

@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tasks.forkserver import Forked, ForkServer
 
 Event = Mapping[str, Any]
 
@@ -40,12 +42,16 @@ _children: dict[int, _Child] = {}
 _guard = threading.Lock()
 _measuring = threading.Lock()
 _slots = threading.BoundedSemaphore(1)
+_parallel = 1
 _quiet: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
+_servers: dict[tuple[int, bool], tuple[dict[str, str], ForkServer]] = {}
+
+Process = subprocess.Popen[bytes] | Forked
 
 
 @dataclass(eq=False)
 class _Child:
-    process: subprocess.Popen[bytes]
+    process: Process
     clock: _Clock
 
 
@@ -111,9 +117,15 @@ def kill_all() -> None:
 
 def reset(parallel: int) -> None:
     """Allow children again, at the start of a run, and at most ``parallel`` of them at a time."""
-    global _slots
+    global _slots, _parallel
     _cancel.clear()
     _slots = threading.BoundedSemaphore(parallel)
+    _parallel = parallel
+
+
+def side_by_side() -> bool:
+    """Whether children of this run may have to share the cores."""
+    return _parallel > 1
 
 
 def cancelled() -> bool:
@@ -125,9 +137,9 @@ def environment(threads: int, patient: bool) -> dict[str, str]:
     """What a child sees: this process's variables with threads, determinism and quiet libraries set.
 
     Threads wait for each other all the time. By default OpenMP's spin for milliseconds; as soon as two processes share
-    the cores that makes both of them slow, measured 8 times, in training and in a latency. ``patient`` threads sleep at
-    once, which makes a small model up to half as slow again on an idle machine; others spin for a moment first, and are
-    as fast there as by default.
+    the cores that makes both of them slow, measured 3 to 8 times, in training and in a latency. ``patient`` threads
+    sleep at once, which halves the speed of a small model on an idle machine; others spin for a moment first, and are
+    as fast there as by default. What the user has set stays.
     """
     settings = {
         "OMP_NUM_THREADS": str(threads),
@@ -141,10 +153,8 @@ def environment(threads: int, patient: bool) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "MPLBACKEND": "Agg",
     }
-    if patient:
-        settings["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
-        settings["GOMP_SPINCOUNT"] = str(SPINS)
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        settings |= {"OMP_WAIT_POLICY": "PASSIVE"} if patient else {"GOMP_SPINCOUNT": str(SPINS)}
     return {**os.environ, **settings}
 
 
@@ -166,6 +176,7 @@ def run_child(
     log: Path,
     on_event: Callable[[Event], None],
     timeout: float | None = None,
+    loaded: bool = False,
     command: Sequence[str] = WORKER,
 ) -> dict[str, Any]:
     """Run one job in a fresh process and return its result.
@@ -177,6 +188,7 @@ def run_child(
         log: the file to which everything the child prints is appended.
         on_event: called with every event of the child except the last.
         timeout: seconds after which the child is killed, without those in which it is stopped or waits for its turn.
+        loaded: fork the child from a process that has torch and transformers loaded, in place of ``command``.
         command: the program that speaks the protocol.
 
     Raises:
@@ -185,7 +197,7 @@ def run_child(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with _slot(), log.open("ab") as sink:
-        child = _start(sink, environment(threads, patient), command)
+        child = _start(lambda: _fork(sink, threads, patient) if loaded else _spawn(sink, threads, patient, command))
         try:
             return _listen(child, job, timeout, on_event, log)
         finally:
@@ -206,19 +218,40 @@ def _slot() -> Iterator[None]:
         slots.release()
 
 
-def _start(sink: Any, variables: dict[str, str], command: Sequence[str]) -> _Child:
+def _start(launch: Callable[[], Process]) -> _Child:
     # A child that starts while another measures would disturb it.
-    with _measuring, _guard:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=sink,
-            env=variables,
-            start_new_session=True,
-        )
-        child = _children[process.pid] = _Child(process, _Clock())
+    with _measuring:
+        process = launch()
+        with _guard:
+            child = _children[process.pid] = _Child(process, _Clock())
     return child
+
+
+def _spawn(sink: IO[bytes], threads: int, patient: bool, command: Sequence[str]) -> Process:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=sink,
+        env=environment(threads, patient),
+        start_new_session=True,
+    )
+
+
+def _fork(sink: IO[bytes], threads: int, patient: bool) -> Process:
+    """A child of the server for these threads, which starts where there is none yet."""
+    variables = environment(threads, patient)
+    known, server = _servers.get((threads, patient), (None, None))
+    if server is None or known != variables or not server.alive:
+        server = ForkServer(variables, sink)
+        _servers[threads, patient] = variables, server
+    try:
+        while not server.loaded(0.2):
+            if cancelled():
+                raise RunCancelled
+        return server.fork(sink)
+    except OSError as error:
+        raise ChildFailed(str(error), details=_tail(Path(sink.name))) from error
 
 
 def _listen(
@@ -264,21 +297,25 @@ def _listen(
                     on_event(event)
 
 
-def _tell(child: subprocess.Popen[bytes], message: Mapping[str, Any]) -> None:
+def _tell(child: Process, message: Mapping[str, Any]) -> None:
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # a child that died is noticed where its output ends
         child.stdin.write(json.dumps(message).encode() + b"\n")
         child.stdin.flush()
 
 
-def _death(child: subprocess.Popen[bytes], log: Path) -> ChildFailed:
+def _death(child: Process, log: Path) -> ChildFailed:
     code = child.wait()
-    tail = log.read_text(errors="replace").strip().splitlines()[-12:]
+    tail = _tail(log)
     if code < 0:
         name = signal.Signals(-code).name
         cause = "; most likely the memory ran out" if code == -signal.SIGKILL else ""
-        return ChildFailed(f"the step's process was killed by {name}{cause}", details="\n".join(tail))
-    return ChildFailed(f"the step's process ended with exit code {code}", details="\n".join(tail))
+        return ChildFailed(f"the step's process was killed by {name}{cause}", details=tail)
+    return ChildFailed(f"the step's process ended with exit code {code}", details=tail)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:])
 
 
 def _stop(child: _Child) -> None:
@@ -300,7 +337,7 @@ def _stop(child: _Child) -> None:
     _signal(process, signal.SIGKILL)
 
 
-def _signal(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:
+def _signal(process: Process, sign: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, sign)
 

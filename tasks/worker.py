@@ -29,12 +29,16 @@ PROGRESS_EVERY = 0.2
 """Seconds between two progress events; more would only slow the step down."""
 
 
-def main() -> None:
-    """Do the job given on standard input. The exit code is 0 whenever a result or an error was reported."""
+def main(parent: int | None = None) -> None:
+    """Do the job given on standard input. The exit code is 0 whenever a result or an error was reported.
+
+    Args:
+        parent: the process that this one was forked from; default: the one that the job names.
+    """
     events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print goes to the log and never into the protocol
     job = json.loads(sys.stdin.buffer.readline())
-    _die_with(job["parent"])
+    _die_with(parent or job["parent"])
     emit = _throttled(lambda event: _write(events, event))
     try:
         with working_for(job["run_id"]) as data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +134,8 @@ def markdown(run: RunSummary, pictures: tuple[str, ...] = ()) -> str:
     lines += ["| " + " | ".join(_md(row[key]) for key in heads) + " |" for row in rows(run)]
     lines += ["", "`smaller` and `faster` are against the baseline.", ""]
     lines += [f"Latency of {', '.join(ids)}: {_md(how)}." for how, ids in scenarios(run).items()]
+    stated = dict.fromkeys(fact for step in run.steps for fact in _scoring(step) if fact[1])
+    lines += [f"\n{_md(name)}: {_md(text)}." for name, text in stated]
     if found := warnings(run):
         lines += ["", "## Worth knowing", ""]
         lines += [f"- **{ids}**: {_md(text)}" for ids, text in found]
@@ -275,12 +278,17 @@ def _facts(step: StepRow) -> list[tuple[str, str]]:
         facts.append(("left alone", f"and {len(step.left) - 12} more, all in report.json"))
     if step.evaluation is not None:
         dtypes = step.evaluation.record.get("dtypes", {})
-        scenario = step.evaluation.record.get("scenario", {})
-        facts += [(f"{name}, as sacrebleu states it", text) for name, text in scenario.get("signatures", {}).items()]
-        facts.append(("WER and CER compare texts after", scenario.get("normalise", "")))
+        facts += _scoring(step)
         facts.append(("files", files_of(step)))
         facts.append(("data types", ", ".join(f"{name} {size(weight)}" for name, weight in dtypes.items())))
     return [(name, value) for name, value in facts if value]
+
+
+def _scoring(step: StepRow) -> list[tuple[str, str]]:
+    """What a reader must know of the scores to compare them with those of others."""
+    scenario = step.evaluation.record.get("scenario", {}) if step.evaluation is not None else {}
+    facts = [(f"{name}, as sacrebleu states it", text) for name, text in scenario.get("signatures", {}).items()]
+    return facts + [("WER and CER compare texts after", scenario.get("normalise", ""))]
 
 
 def _confidence(run: RunSummary) -> str:
@@ -293,4 +301,4 @@ def _confidence(run: RunSummary) -> str:
 
 
 def _md(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return re.sub(r"([\\|*`]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;").replace("\n", " ")

@@ -41,12 +41,13 @@ def refuses(spec: ExportTfliteSpec | None, family: Family, task: Task) -> str | 
     """Why a model of ``family`` cannot be exported for ``task``; None where it can."""
     if spec is None:
         return None
-    if spec.npu is not None and family == "encoder-decoder" and task != "text-classification":
+    writes_from_an_encoder = family == "encoder-decoder" and task != "text-classification"
+    if spec.npu is not None and writes_from_an_encoder:
         return (
             f"npu: {spec.npu} compiles one graph, and a model that reads and then writes token by token is two; leave "
             "npu out, or use a model for CTC where it is speech"
         )
-    if spec.precision == "int8" and family == "encoder-decoder":
+    if spec.precision == "int8" and writes_from_an_encoder:
         return (
             "precision int8 gives the encoder's output another scale than the decoder takes it with; write precision: "
             "int8-dynamic"

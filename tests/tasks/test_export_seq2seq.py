@@ -226,7 +226,7 @@ def compare(folder: Path, family: str) -> tuple[float, float]:
     return error, float((given.argmax(-1) == expected.argmax(-1)).mean())
 
 
-@pytest.mark.parametrize(("block", "largest", "least"), [(None, 0.1, 0.85), (32, 0.6, 0.3)])
+@pytest.mark.parametrize(("block", "largest", "least"), [(None, 0.1, 0.75), (32, 0.6, 0.3)])
 def test_small_weights_serve_both_signatures(tmp_path: Path, block: int | None, largest: float, least: float):
     folder, source = tmp_path, float_export("marian")
     shutil.copy(source / "config.json", folder / "config.json")

@@ -329,21 +329,22 @@ def test_positions_of_the_new_families_are_checked():
         ({"npu": "ethos-u85-256"}, "encoder-decoder", "speech-recognition", "a model for CTC where it is speech"),
         ({"npu": "ethos-u85-256"}, "encoder-decoder", "text-classification", None),
         ({"npu": "ethos-u85-256"}, "ctc", "speech-recognition", None),
-        ({}, "encoder-decoder", "translation", None),
+        ({}, "encoder-decoder", "translation", "write precision: int8-dynamic"),
+        ({"precision": "int8-dynamic"}, "encoder-decoder", "translation", None),
         ({"generation": False}, "decoder", "text-generation", None),
         ({"generation": True}, "encoder", "text-classification", "generation is for text-generation"),
         ({"cache": 9}, "decoder", "text-classification", "cache is for"),
         ({"cache": 9}, "ctc", "speech-recognition", "cache is for"),
-        ({"cache": 9}, "encoder-decoder", "speech-recognition", None),
+        ({"cache": 9, "precision": "int8-dynamic"}, "encoder-decoder", "speech-recognition", None),
         ({"length": 9}, "ctc", "speech-recognition", "length is for"),
-        ({"duration": "2 s"}, "encoder-decoder", "speech-recognition", "duration is for"),
+        ({"duration": "2 s", "precision": "float32"}, "encoder-decoder", "speech-recognition", "duration is for"),
         ({"duration": "2 s"}, "ctc", "speech-recognition", None),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(
     fields: dict[str, Any], family: Any, task: Task, message: str | None
 ):
-    reason = preflight.refuses(exported.spec("int8", **fields), family, task)
+    reason = preflight.refuses(exported.spec(**{"precision": "int8", **fields}), family, task)
     assert (reason is None) if message is None else (reason is not None and message in reason)
     assert preflight.refuses(None, family, task) is None
 

@@ -372,7 +372,7 @@ def test_a_deleted_run_says_how_to_bring_it_back(home: Path) -> None:
     assert not status.uploaded
     assert status.waiting == 1
     assert "mlflow runs restore" in str(status.reason)
-    assert status.remedy == f"lathe report {folder(home).name} --upload"
+    assert status.remedy == f"lathe report {folder(home).name} --upload --spec specs/sentiment.yaml"
 
 
 def test_a_folder_is_no_store(home: Path) -> None:

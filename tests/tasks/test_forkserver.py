@@ -1,0 +1,138 @@
+"""Children that begin with torch loaded: forked, told apart, ended with their user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import forkserver, supervise
+from tasks.forkserver import Forked, ForkServer
+
+pytestmark = pytest.mark.skipif(not forkserver.available("cpu"), reason="work is forked on Linux alone")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
+    """Started from a thread that ends, as the thread of a step does."""
+    started: list[ForkServer] = []
+
+    def start() -> None:
+        with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
+            started.append(ForkServer(supervise.environment(1, patient=True), log))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    until(lambda: started[0].loaded(0.2))
+    return started[0]
+
+
+def until(condition: Callable[[], object], patience: float = 60) -> None:
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def fork(server: ForkServer, log: Path) -> Forked:
+    with log.open("ab") as sink:
+        return server.fork(sink)
+
+
+def test_a_child_does_its_job_and_says_so(server: ForkServer, tmp_path: Path):
+    began = time.monotonic()
+    child = fork(server, tmp_path / "log")
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.poll() is None
+    assert os.getpgid(child.pid) == child.pid != os.getpgid(0)
+    child.stdin.write(json.dumps({"parent": os.getpid(), "run_id": "r", "do": "nothing"}).encode() + b"\n")
+    child.stdin.flush()
+    event = json.loads(child.stdout.readline())
+    assert event["event"] == "error"
+    assert "KeyError: 'nothing'" in event["details"]
+    assert child.wait(10) == child.poll() == 0
+    assert time.monotonic() - began < 3, "it loaded torch itself"
+
+
+def test_a_child_begins_with_what_is_loaded_and_with_a_state_of_its_own(server: ForkServer, tmp_path: Path):
+    children = [fork(server, tmp_path / "log") for _ in range(2)]
+    maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in children]
+    assert all("libtorch" in text for text in maps)
+    held = [{os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()} for child in children]
+    assert not any("socket" in link for links in held for link in links), "the way to the server was inherited"
+    pipes = [{link for link in links if "pipe" in link} for links in held]
+    assert not pipes[0] & pipes[1], "one child holds what is another's"
+    for child in children:
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait(10) == -signal.SIGKILL
+        assert child.returncode == -signal.SIGKILL
+
+
+def test_a_child_that_lives_is_waited_for_no_longer_than_said(server: ForkServer, tmp_path: Path):
+    child = fork(server, tmp_path / "log")
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == -signal.SIGTERM
+
+
+USER = """
+import os, sys, time
+from tasks import supervise
+from tasks.forkserver import ForkServer
+server = ForkServer(supervise.environment(1, patient=True), open(os.devnull, "wb"))
+while not server.loaded(1): pass
+child = server.fork(open(os.devnull, "wb"))
+print(server._process.pid, child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_outlives_its_user():
+    user = subprocess.Popen([sys.executable, "-c", USER], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert user.stdout is not None
+    pids = [int(word) for word in user.stdout.readline().split()]
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    user.kill()
+    user.wait()
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10)
+
+
+def test_a_server_that_is_killed_takes_its_children_and_is_followed_by_another(tmp_path: Path):
+    supervise.reset(parallel=1)
+    job = {"run_id": "r", "do": "nothing"}
+
+    def failure() -> str:
+        with pytest.raises(supervise.ChildFailed) as caught:
+            supervise.run_child(
+                job, threads=1, patient=True, loaded=True, log=tmp_path / "log", on_event=lambda event: None
+            )
+        return str(caught.value)
+
+    assert "nothing" in failure()
+    first = supervise._servers[1, True][1]
+    os.kill(first._process.pid, signal.SIGKILL)
+    until(lambda: not first.alive)
+    assert "nothing" in failure()
+    assert supervise._servers[1, True][1] is not first
+
+
+def test_a_server_that_cannot_load_says_why(tmp_path: Path):
+    with (tmp_path / "log").open("wb") as log:
+        (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
+        server = ForkServer({**supervise.environment(1, patient=True), "PYTHONPATH": str(tmp_path)}, log)
+        with pytest.raises(OSError, match="exit code 1"):
+            until(lambda: server.loaded(0.2))
+    assert "broken on purpose" in (tmp_path / "log").read_text()
+    assert not server.alive
