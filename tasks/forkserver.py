@@ -29,7 +29,7 @@ PRELOADED = (
     "tasks.worker",
     "tasks.evaluate.measure",
 )
-"""Modules that a child finds loaded. None of them may start a thread that matters or touch a GPU when it is imported."""
+"""What a child finds loaded. No module of them may start a thread that matters, or touch a GPU, when it is imported."""
 
 _NUMBER = struct.Struct("q")
 _POLL_SECONDS = 0.02

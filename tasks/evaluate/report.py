@@ -288,7 +288,7 @@ def _scoring(step: StepRow) -> list[tuple[str, str]]:
     """What a reader must know of the scores to compare them with those of others."""
     scenario = step.evaluation.record.get("scenario", {}) if step.evaluation is not None else {}
     facts = [(f"{name}, as sacrebleu states it", text) for name, text in scenario.get("signatures", {}).items()]
-    return facts + [("WER and CER compare texts after", scenario.get("normalise", ""))]
+    return [*facts, ("WER and CER compare texts after", scenario.get("normalise", ""))]
 
 
 def _confidence(run: RunSummary) -> str:
