@@ -87,7 +87,10 @@ def optimize(
         events.publish({"event": "status", "text": "planning"})
         for killed in reconcile(place):
             events.publish({"event": "status", "text": f"closed {killed}, whose process was killed"})
-        plan = make_plan(loaded, place, only=only, from_step=from_step, no_cache=no_cache)
+        try:
+            plan = make_plan(loaded, place, only=only, from_step=from_step, no_cache=no_cache)
+        except supervise.RunCancelled:
+            return Cancelled(message="cancelled before the first step")
         if plan.problems:
             raise PlanError("the plan found problems:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
         if supervise.cancelled():

@@ -130,7 +130,7 @@ def make_plan(
     home.require()
     device = _device(loaded)
     threads = spec.resources.threads or len(os.sched_getaffinity(0))
-    findings = inspect(spec, [node for node in graph if node.id in selection])
+    findings = inspect(spec, [node for node in graph if node.id in selection], device, threads)
     if findings.problems:
         fingerprints: dict[str, str] = {}
         measured: dict[str, Any] = {}

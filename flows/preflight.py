@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.errors import PlanError
 from flows.places import Problem, named_in, path_of_step
 from flows.plan import missing_packages
 from specs.schema.graph import Node
 from specs.schema.load import KeyPath
 from specs.schema.pipeline import PipelineSpec, parallel_files
+from tasks import forkserver, supervise
 from tasks.context import StepError
 from tasks.evaluate.format import count, duration, size
+from tasks.look import Remark
+from tasks.models import ModelSummary
 from tasks.registry import find
 
 if TYPE_CHECKING:
@@ -36,11 +41,12 @@ class Findings:
     scored: int = 0
 
 
-def inspect(spec: PipelineSpec, nodes: Sequence[Node]) -> Findings:
-    """Look at everything the spec names without loading a weight or starting a step."""
-    # transformers imports torchao, which greets every machine without a GPU with warnings.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+def inspect(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int) -> Findings:
+    """Look at everything the spec names without loading a weight or starting a step.
+
+    Raises:
+        PlanError: the look at the model broke.
+    """
     findings = Findings()
     for node in nodes:
         missing = missing_packages(find(type(node.spec)).libraries)
@@ -49,7 +55,7 @@ def inspect(spec: PipelineSpec, nodes: Sequence[Node]) -> Findings:
             findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec)))
     _data(spec, findings)
     _sources(spec, nodes, findings)
-    _model(spec, nodes, findings)
+    _model(spec, nodes, device, threads, findings)
     return findings
 
 
@@ -109,31 +115,42 @@ def _field_of_data(spec: PipelineSpec, text: str) -> KeyPath:
     return ("data",)
 
 
-def _model(spec: PipelineSpec, nodes: Sequence[Node], findings: Findings) -> None:
-    from tasks.models import check_model, family_of
-    from tasks.models.support import supports
-
+def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int, findings: Findings) -> None:
+    steps = {node.id: node.spec for node in nodes}
+    job = {
+        "do": "look",
+        "run_id": "plan",
+        "model": spec.model.model_dump(mode="json"),
+        "task": spec.task,
+        "data": spec.data.model_dump(mode="json"),
+        "steps": [step.model_dump(mode="json", by_alias=True) for step in steps.values()],
+    }
     try:
-        model = check_model(spec.model, spec.task, spec.data)
-    except StepError as error:
+        with tempfile.TemporaryDirectory() as folder:
+            seen = supervise.run_child(
+                job,
+                threads=threads,
+                patient=supervise.side_by_side(),
+                loaded=forkserver.available(device),
+                log=Path(folder) / "log",
+                on_event=lambda event: None,
+            )
+    except supervise.ChildFailed as error:
+        if error.retriable:  # it did not refuse the model, it broke
+            raise PlanError(f"the look at the model failed: {error}\n{error.details}") from error
         findings.problems.append(Problem(str(error), _field_of_model(spec, str(error))))
         return
+    model = ModelSummary(**seen["model"])
     findings.model_bytes = model.bytes
     findings.facts.append(
         ("model", f"{model.architecture}, {count(model.parameters)} parameters, {size(model.bytes)}; {model.tokenizer}")
     )
-    family = family_of(model.config)
-    for node in nodes:
-        reason = supports(node.spec, family, spec.task)
-        look = find(type(node.spec)).preflight
-        if reason is not None:
-            findings.problems.append(Problem(f"{node.id}: {reason}", path_of_step(spec.steps, node.spec)))
-        elif look is not None:
-            problems, warnings = look(node.spec, model.config, spec.task, spec.data.max_length)
-            findings.problems += [
-                Problem(f"{node.id}: {problem}", path_of_step(spec.steps, node.spec, problem)) for problem in problems
-            ]
-            findings.warnings += [f"{node.id}: {warning}" for warning in warnings]
+    for remark in (Remark(**remark) for remark in seen["remarks"]):
+        step = steps[remark.step]
+        findings.problems += [
+            Problem(f"{step.id}: {problem}", path_of_step(spec.steps, step, problem)) for problem in remark.problems
+        ]
+        findings.warnings += [f"{step.id}: {warning}" for warning in remark.warnings]
 
 
 def _field_of_model(spec: PipelineSpec, text: str) -> KeyPath:

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,18 @@ def _do_evaluate(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     return {}
 
 
+def _do_look(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    from tasks.look import look
+
+    summary, remarks = look(
+        ModelSpec.model_validate(job["model"]),
+        job["task"],
+        DataSpec.model_validate(job["data"]),
+        [step_from_json(step) for step in job["steps"]],
+    )
+    return {"model": asdict(summary), "remarks": [asdict(remark) for remark in remarks]}
+
+
 def _exclusive(emit: Emit) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """What asks the parent to let nothing else of the run compute, and says when that is over."""
 
@@ -184,7 +197,11 @@ def _configure_torch(threads: int, device: str, needed: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-_JOBS: dict[str, Callable[[Mapping[str, Any], Emit], dict[str, Any]]] = {"step": _do_step, "evaluate": _do_evaluate}
+_JOBS: dict[str, Callable[[Mapping[str, Any], Emit], dict[str, Any]]] = {
+    "look": _do_look,
+    "step": _do_step,
+    "evaluate": _do_evaluate,
+}
 
 if __name__ == "__main__":
     main()

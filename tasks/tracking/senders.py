@@ -249,7 +249,6 @@ def _dataset(start: Event, split: str) -> Any:
         digest=_digest(start, split) or "",
         source_type="local",
         source=json.dumps({"uri": source}),
-        profile=json.dumps({"num_rows": data.get("records")}),
     )
     context = "training" if split == "train" else "evaluation"
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

@@ -143,6 +143,7 @@ def test_init_writes_a_spec_that_holds(task: str, tmp_path: Path, monkeypatch: p
     assert first == "# yaml-language-server: $schema=lathe-schema.json"
     assert (path.parent / "lathe-schema.json").read_text() == schema_text()
     assert loaded.text.count(" # ") + loaded.text.count("\n#") >= 4
+    assert "specs/" not in loaded.text, "a comment names a file that is not this one"
 
 
 def test_inside_the_project_a_spec_names_the_shipped_schema() -> None:

@@ -134,7 +134,9 @@ def test_the_plan_refuses_with_the_reason(speech_data):
                 "steps": [NPU.model_dump(exclude_unset=True)],
             }
         )
-        return [str(getattr(problem, "text", problem)) for problem in inspect(spec, list(build(spec))).problems]
+        return [
+            str(getattr(problem, "text", problem)) for problem in inspect(spec, list(build(spec)), "cpu", 1).problems
+        ]
 
     refused = supports(NPU, "encoder-decoder", "speech-recognition")
     assert refused is not None

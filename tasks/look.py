@@ -1,0 +1,43 @@
+"""A look at the model and at what the steps would do with it, before anything runs. It needs torch, the plan does not:
+this runs in a child."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specs.schema.base import StepSpec, Task
+from specs.schema.pipeline import DataSpec, ModelSpec
+from tasks.models import ModelSummary, check_model, family_of
+from tasks.models.support import supports
+from tasks.registry import find
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What there is to say of one step before it runs: ``problems`` stop the run, ``warnings`` do not."""
+
+    step: str
+    problems: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def look(
+    model: ModelSpec, task: Task, data: DataSpec, steps: Sequence[StepSpec]
+) -> tuple[ModelSummary, tuple[Remark, ...]]:
+    """Look at the model of a spec and at each of ``steps`` without loading a weight.
+
+    Raises:
+        StepError: the model cannot be had, read, or used for the task and the data.
+    """
+    summary = check_model(model, task, data)
+    family = family_of(summary.config)
+    remarks: list[Remark] = []
+    for step in steps:
+        reason = supports(step, family, task)
+        preflight = find(type(step)).preflight
+        if reason is not None:
+            remarks.append(Remark(step.id, [reason]))
+        elif preflight is not None:
+            remarks.append(Remark(step.id, *preflight(step, summary.config, task, data.max_length)))
+    return summary, tuple(remarks)
