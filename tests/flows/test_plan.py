@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from tasks.artifacts import Store
 from tests.flows.conftest import SPEC
 from tests.flows.test_cli_spec import lathe
 from tests.specs.writing import place, write
+
+ROOT = Path(__file__).parents[2]
 
 FORKED = """\
 steps:
@@ -169,3 +173,17 @@ def test_a_taken_port_is_a_mistake_of_the_command_line(
 def test_an_unknown_form_is_a_mistake_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert lathe("report", "--format", "xx") == ExitCode.SPEC
     assert "'xx' is not one of 'table', 'md', 'csv', 'json'" in capsys.readouterr().err
+
+
+def test_the_plan_loads_no_torch(tmp_path: Path) -> None:
+    """Its process is that of the run, where torch and transformers would cost memory and six seconds."""
+    path = write(tmp_path, SPEC + FORKED)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from flows.home import Home; from flows.plan import make_plan; from specs.schema.load import load\n"
+        f"plan = make_plan(load(Path({str(path)!r})), Home(Path({str(tmp_path)!r})))\n"
+        "assert not plan.problems and dict(plan.facts)['model'].startswith('BertFor'), plan\n"
+        "print({'torch', 'transformers', 'mlflow', 'tensorflow'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
