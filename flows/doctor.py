@@ -33,11 +33,11 @@ def examine(home: Home) -> list[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    from specs.schema.base import StepSpec
+    from specs.schema.pipeline import KINDS
 
     for name, version in environment()["libraries"].items():
         yield Finding(name, version or "not installed", bool(version))
-    needed = {library for spec in StepSpec.__subclasses__() for library in find(spec).libraries}
+    needed = {library for spec in KINDS.values() for library in find(spec).libraries}
     missing = missing_packages(needed)
     yield Finding("packages of the steps", f"missing: {', '.join(missing)}" if missing else "all there", not missing)
 
