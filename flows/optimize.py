@@ -272,6 +272,7 @@ class Run:
             seed=spec.seed,
             device=self.plan.device,
             threads=self.plan.threads,
+            patient=self.plan.side_by_side(step.node.id),
             started=self.started,
             force=step.force,
             resume=self.resume,

@@ -81,6 +81,11 @@ class Plan:
         """The steps that take part in the run."""
         return tuple(step for step in self.steps if step.state != "out")
 
+    def side_by_side(self, id: str) -> bool:
+        """Whether another step of the run may work at the same time as the step ``id``."""
+        related = {id, *self.graph.ancestors(id), *self.graph.descendants(id)}
+        return self.spec.resources.parallel > 1 and any(step.node.id not in related for step in self.selected())
+
 
 def device_of(choice: Literal["auto", "cpu", "cuda"]) -> str:
     """``cpu`` or ``cuda``. torch is asked only where the machine shows an NVIDIA device.

@@ -130,7 +130,7 @@ def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int,
             seen = supervise.run_child(
                 job,
                 threads=threads,
-                patient=supervise.side_by_side(),
+                patient=False,
                 loaded=forkserver.available(device),
                 log=Path(folder) / "log",
                 on_event=lambda event: None,

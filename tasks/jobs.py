@@ -28,6 +28,7 @@ class StepJob(BaseModel):
         conditions: how artifacts are measured, see ``tasks.conditions``.
         compared: further steps whose evaluation a step that judges is given, beside its inputs.
         variables: the environment variables whose values must not reach a record.
+        patient: whether the threads of the step should make room for those of another, see ``tasks.supervise``.
         started: when the run began, in seconds since the epoch.
         force: make the step anew though its artifact stands; what was made since ``started`` is new enough.
         resume: the command that goes on after a failure.
@@ -52,6 +53,7 @@ class StepJob(BaseModel):
     seed: int
     device: str
     threads: int
+    patient: bool
     started: float
     force: bool = False
     resume: str = ""

@@ -116,7 +116,7 @@ class _Attempt:
                         "checkpoints": str(self.store.checkpoints(self.job.key)),
                     },
                     threads=self.job.threads,
-                    patient=supervise.side_by_side(),
+                    patient=self.job.patient,
                     loaded=self.spec.heavy,
                 )
                 if standing is not None and self.store.digest(out) != standing.digest:

@@ -42,7 +42,6 @@ _children: dict[int, _Child] = {}
 _guard = threading.Lock()
 _measuring = threading.Lock()
 _slots = threading.BoundedSemaphore(1)
-_parallel = 1
 _quiet: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
 _servers: dict[tuple[int, bool], tuple[dict[str, str], ForkServer]] = {}
 
@@ -117,15 +116,9 @@ def kill_all() -> None:
 
 def reset(parallel: int) -> None:
     """Allow children again, at the start of a run, and at most ``parallel`` of them at a time."""
-    global _slots, _parallel
+    global _slots
     _cancel.clear()
     _slots = threading.BoundedSemaphore(parallel)
-    _parallel = parallel
-
-
-def side_by_side() -> bool:
-    """Whether children of this run may have to share the cores."""
-    return _parallel > 1
 
 
 def cancelled() -> bool:

@@ -175,6 +175,12 @@ def test_an_unknown_form_is_a_mistake_of_the_command_line(capsys: pytest.Capture
     assert "'xx' is not one of 'table', 'md', 'csv', 'json'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("parallel", "shared"), [(1, set()), (2, {"a", "b", "c"})])
+def test_steps_that_may_work_at_the_same_time_are_known(tmp_path: Path, parallel: int, shared: set[str]) -> None:
+    plan = planned(tiny(tmp_path, SPEC + FORKED + f"resources: {{parallel: {parallel}}}\n"))
+    assert {step.node.id for step in plan.steps if plan.side_by_side(step.node.id)} == shared
+
+
 def test_the_plan_loads_no_torch(tmp_path: Path) -> None:
     """Its process is that of the run, where torch and transformers would cost memory and six seconds."""
     path = write(tmp_path, SPEC + FORKED)

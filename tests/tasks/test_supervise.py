@@ -206,13 +206,6 @@ def test_threads_spin_for_a_moment_and_those_that_share_the_cores_not_at_all(mon
     assert supervise.environment(2, patient=True)["OMP_WAIT_POLICY"] == "ACTIVE", "the user's own setting is lost"
 
 
-def test_steps_share_the_cores_where_the_spec_lets_them():
-    supervise.reset(parallel=1)
-    assert not supervise.side_by_side()
-    supervise.reset(parallel=2)
-    assert supervise.side_by_side()
-
-
 def test_at_most_so_many_children_at_a_time(tmp_path):
     supervise.reset(parallel=1)
     spans = []
