@@ -105,6 +105,11 @@ def device_of(choice: Literal["auto", "cpu", "cuda"]) -> str:
     return "cuda" if available else "cpu"
 
 
+def threads_of(spec: PipelineSpec) -> int:
+    """The CPU threads of a step: what the spec says, else one for each core that this process may use."""
+    return spec.resources.threads or len(os.sched_getaffinity(0))
+
+
 def make_plan(
     loaded: LoadedSpec,
     home: Home,
@@ -134,7 +139,7 @@ def make_plan(
     forced = _forced(graph, from_step, no_cache)
     home.require()
     device = _device(loaded)
-    threads = spec.resources.threads or len(os.sched_getaffinity(0))
+    threads = threads_of(spec)
     findings = inspect(spec, [node for node in graph if node.id in selection], device, threads)
     if findings.problems:
         fingerprints: dict[str, str] = {}

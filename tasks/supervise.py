@@ -43,7 +43,7 @@ _guard = threading.Lock()
 _measuring = threading.Lock()
 _slots = threading.BoundedSemaphore(1)
 _quiet: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
-_servers: dict[tuple[int, bool], tuple[dict[str, str], ForkServer]] = {}
+_servers: dict[tuple[int, bool], ForkServer] = {}
 
 Process = subprocess.Popen[bytes] | Forked
 
@@ -231,13 +231,29 @@ def _spawn(sink: IO[bytes], threads: int, patient: bool, command: Sequence[str])
     )
 
 
+def prepare(threads: int, patient: bool, log: Path) -> None:
+    """Start to load what children with these threads begin with, while the caller does something else.
+
+    Args:
+        threads, patient: see ``run_child``.
+        log: takes what is printed meanwhile.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        _server(sink, threads, patient)
+
+
+def _server(sink: IO[bytes], threads: int, patient: bool) -> ForkServer:
+    """The server for these threads, which starts where there is none yet."""
+    with _guard:
+        server = _servers.get((threads, patient))
+        if server is None or not server.alive:
+            server = _servers[threads, patient] = ForkServer(environment(threads, patient), sink)
+    return server
+
+
 def _fork(sink: IO[bytes], threads: int, patient: bool) -> Process:
-    """A child of the server for these threads, which starts where there is none yet."""
-    variables = environment(threads, patient)
-    known, server = _servers.get((threads, patient), (None, None))
-    if server is None or known != variables or not server.alive:
-        server = ForkServer(variables, sink)
-        _servers[threads, patient] = variables, server
+    server = _server(sink, threads, patient)
     try:
         while not server.loaded(0.2):
             if cancelled():

@@ -121,11 +121,11 @@ def test_a_server_that_is_killed_takes_its_children_and_is_followed_by_another(t
         return str(caught.value)
 
     assert "nothing" in failure()
-    first = supervise._servers[1, True][1]
+    first = supervise._servers[1, True]
     os.kill(first._process.pid, signal.SIGKILL)
     until(lambda: not first.alive)
     assert "nothing" in failure()
-    assert supervise._servers[1, True][1] is not first
+    assert supervise._servers[1, True] is not first
 
 
 def test_a_server_that_cannot_load_says_why(tmp_path: Path):
