@@ -43,7 +43,7 @@ _guard = threading.Lock()
 _measuring = threading.Lock()
 _slots = threading.BoundedSemaphore(1)
 _quiet: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
-_servers: dict[tuple[int, bool], ForkServer] = {}
+_servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
 
 Process = subprocess.Popen[bytes] | Forked
 
@@ -126,8 +126,8 @@ def cancelled() -> bool:
     return _cancel.is_set()
 
 
-def environment(threads: int, patient: bool) -> dict[str, str]:
-    """What a child sees: this process's variables with threads, determinism and quiet libraries set.
+def settings_for(threads: int, patient: bool) -> dict[str, str]:
+    """The variables that a child sees beside those of this process: threads, determinism and quiet libraries.
 
     Threads wait for each other all the time. By default OpenMP's spin for milliseconds; as soon as two processes share
     the cores that makes both of them slow, measured 3 to 8 times, in training and in a latency. ``patient`` threads
@@ -148,7 +148,7 @@ def environment(threads: int, patient: bool) -> dict[str, str]:
     }
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         settings |= {"OMP_WAIT_POLICY": "PASSIVE"} if patient else {"GOMP_SPINCOUNT": str(SPINS)}
-    return {**os.environ, **settings}
+    return settings
 
 
 @contextlib.contextmanager
@@ -177,7 +177,7 @@ def run_child(
     Args:
         job: JSON data that ``tasks.worker`` understands.
         threads: CPU threads that the child may use.
-        patient: see ``environment``; what is measured should run as it will where it is deployed, so not there.
+        patient: see ``settings_for``; what is measured should run as it will where it is deployed, so not there.
         log: the file to which everything the child prints is appended.
         on_event: called with every event of the child except the last.
         timeout: seconds after which the child is killed, without those in which it is stopped or waits for its turn.
@@ -226,7 +226,7 @@ def _spawn(sink: IO[bytes], threads: int, patient: bool, command: Sequence[str])
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=sink,
-        env=environment(threads, patient),
+        env={**os.environ, **settings_for(threads, patient)},
         start_new_session=True,
     )
 
@@ -245,10 +245,12 @@ def prepare(threads: int, patient: bool, log: Path) -> None:
 
 def _server(sink: IO[bytes], threads: int, patient: bool) -> ForkServer:
     """The server for these threads, which starts where there is none yet."""
+    settings = settings_for(threads, patient)
+    key = frozenset(settings.items())
     with _guard:
-        server = _servers.get((threads, patient))
+        server = _servers.get(key)
         if server is None or not server.alive:
-            server = _servers[threads, patient] = ForkServer(environment(threads, patient), sink)
+            server = _servers[key] = ForkServer({**os.environ, **settings}, sink)
     return server
 
 

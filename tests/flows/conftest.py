@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
+
+if TYPE_CHECKING:
+    from flows.plan import PlannedStep
 
 LATHE = (sys.executable, "-m", "flows.cli")
 
@@ -146,6 +149,20 @@ class Project:
         done = self.lathe("run", "spec.yaml", "--json", *arguments, **variables)
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
+
+    def plan(self, *overrides: str) -> dict[str, PlannedStep]:
+        """What `lathe plan` shows of each step, worked out in this process, which costs less."""
+        from flows.home import Home
+        from flows.plan import make_plan
+        from specs.schema.load import load
+
+        made = make_plan(load(self.spec, overrides), Home(self.home))
+        assert not made.problems
+        return {step.node.id: step for step in made.steps}
+
+    def plan_states(self, *overrides: str) -> dict[str, str]:
+        """State by step, before a run."""
+        return {name: step.state for name, step in self.plan(*overrides).items()}
 
     def states(self, run_id: str) -> dict[str, str]:
         """State by step, as the journal has it."""

@@ -86,18 +86,17 @@ def test_a_second_run_does_no_work_and_a_change_only_what_depends_on_it(finished
     assert code == 0
     assert set(project.states(again["run_id"]).values()) == {"cached"}
     assert encoded(project, again["run_id"]) == {"data.train", "data.eval"}
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json", "--set", "steps.half.precision=fp16").stdout)
-    assert {step["id"]: step["state"] for step in plan["steps"]} == {
+    plan = project.plan("steps.half.precision=fp16")
+    assert {name: step.state for name, step in plan.items()} == {
         "baseline": "cached",
         "trained": "cached",
         "half": "run",
         "packed": "cached",
         "best": "run",
     }
-    reasons = {step["id"]: step["reason"] for step in plan["steps"]}
-    assert "bf16" in reasons["half"]
-    assert "fp16" in reasons["half"]
-    assert "half" in reasons["best"]
+    assert "bf16" in plan["half"].reason
+    assert "fp16" in plan["half"].reason
+    assert "half" in plan["best"].reason
 
 
 def encoded(project: Project, run_id: str) -> set[str]:
@@ -154,14 +153,12 @@ def test_gc_keeps_what_a_kept_run_refers_to(finished):
     assert dropped in before - after.keys()
     assert all(outcome["run_id"] in entry["runs"] for entry in after.values())
     assert {"data.train", "data.eval"} <= {entry["step"] for entry in after.values()}
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json").stdout)
-    assert {step["state"] for step in plan["steps"]} == {"cached"}
+    assert set(project.plan_states().values()) == {"cached"}
 
 
 def test_a_damaged_artifact_is_found_and_made_anew(finished):
     project, _ = finished
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json").stdout)
-    key = next(step["key"] for step in plan["steps"] if step["id"] == "half")
+    key = project.plan()["half"].key
     weights = project.home / "store" / "artifacts" / key[:2] / key / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -170,14 +167,13 @@ def test_a_damaged_artifact_is_found_and_made_anew(finished):
     damaged = project.lathe("cache", "verify")
     assert damaged.returncode == 1
     assert key in damaged.stdout
-    states = plan_states(project)
+    states = project.plan_states()
     assert (states["trained"], states["half"]) == ("cached", "run")
 
 
 def digests(project: Project) -> dict[str, str]:
     store = Store(project.home / "store")
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json").stdout)
-    return {step["id"]: store.open(step["key"]).digest for step in plan["steps"]}
+    return {name: store.open(step.key).digest for name, step in project.plan().items()}
 
 
 def test_a_failing_gate_is_exit_code_1_and_moves_no_champion(project: Project):
@@ -212,9 +208,7 @@ def test_a_failed_step_does_not_stop_the_other_branch(project: Project, prefect_
     assert flow_run["state"]["name"] == "StepFailed"
     runs = prefect_server.ask("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [flow_run["id"]]}}})
     assert next(run["run_count"] for run in runs if run["name"] == "bad") == 1, "a refused input was tried again"
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json").stdout)
-    states = {step["id"]: step["state"] for step in plan["steps"]}
-    assert states == {"baseline": "cached", "good": "cached", "bad": "run", "after": "run"}
+    assert project.plan_states() == {"baseline": "cached", "good": "cached", "bad": "run", "after": "run"}
 
 
 def test_a_step_past_its_timeout_is_stopped_and_tried_again(project: Project, prefect_server: Server):
@@ -276,14 +270,9 @@ def test_a_choice_is_made_again_when_the_measurements_are(project: Project):
         "  - {id: best, uses: select, from: [half], minimise: latency_p50}\n"
     )
     assert project.outcome()[0] == 0
-    assert plan_states(project) == {"baseline": "cached", "half": "cached", "best": "cached"}
-    changed = plan_states(project, "--set", "evaluate.latency.repeats=6")
+    assert project.plan_states() == {"baseline": "cached", "half": "cached", "best": "cached"}
+    changed = project.plan_states("evaluate.latency.repeats=6")
     assert changed == {"baseline": "measure", "half": "measure", "best": "run"}
-
-
-def plan_states(project: Project, *arguments: str) -> dict[str, str]:
-    plan = json.loads(project.lathe("plan", "spec.yaml", "--json", *arguments).stdout)
-    return {step["id"]: step["state"] for step in plan["steps"]}
 
 
 def test_two_runs_share_a_store_and_make_each_artifact_once(project: Project):

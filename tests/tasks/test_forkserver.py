@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
 
     def start() -> None:
         with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
-            started.append(ForkServer(supervise.environment(1, patient=True), log))
+            started.append(ForkServer({**os.environ, **supervise.settings_for(1, patient=True)}, log))
 
     thread = threading.Thread(target=start)
     thread.start()
@@ -91,7 +91,7 @@ USER = """
 import os, sys, time
 from tasks import supervise
 from tasks.forkserver import ForkServer
-server = ForkServer(supervise.environment(1, patient=True), open(os.devnull, "wb"))
+server = ForkServer({**os.environ, **supervise.settings_for(1, patient=True)}, open(os.devnull, "wb"))
 while not server.loaded(1): pass
 child = server.fork(open(os.devnull, "wb"))
 print(server._process.pid, child.pid, flush=True)
@@ -121,17 +121,18 @@ def test_a_server_that_is_killed_takes_its_children_and_is_followed_by_another(t
         return str(caught.value)
 
     assert "nothing" in failure()
-    first = supervise._servers[1, True]
+    key = frozenset(supervise.settings_for(1, patient=True).items())
+    first = supervise._servers[key]
     os.kill(first._process.pid, signal.SIGKILL)
     until(lambda: not first.alive)
     assert "nothing" in failure()
-    assert supervise._servers[1, True] is not first
+    assert supervise._servers[key] is not first
 
 
 def test_a_server_that_cannot_load_says_why(tmp_path: Path):
     with (tmp_path / "log").open("wb") as log:
         (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
-        server = ForkServer({**supervise.environment(1, patient=True), "PYTHONPATH": str(tmp_path)}, log)
+        server = ForkServer({**os.environ, **supervise.settings_for(1, patient=True), "PYTHONPATH": str(tmp_path)}, log)
         with pytest.raises(OSError, match="exit code 1"):
             until(lambda: server.loaded(0.2))
     assert "broken on purpose" in (tmp_path / "log").read_text()
