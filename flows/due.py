@@ -55,14 +55,16 @@ def skip_missed(deployment: str) -> int:
 
 def _cancel_due(client: SyncPrefectClient, deployment: UUID, message: str) -> int:
     """Cancel what a deployment's schedule should have begun by now and has not."""
-    due = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
-        )
+    wanted = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
     )
-    missed = [run for run in due if run.auto_scheduled]
-    for run in missed:
-        client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
-    return len(missed)
+    cancelled = 0
+    while True:  # the server answers with so many at a time
+        due = [run for run in client.read_flow_runs(flow_run_filter=wanted) if run.auto_scheduled]
+        for run in due:
+            client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
+        cancelled += len(due)
+        if not due:
+            return cancelled

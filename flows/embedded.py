@@ -63,7 +63,7 @@ def server(log: Path) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}/api"
     with log.open("ab") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.embedded", str(port)],
+            [sys.executable, "-P", "-m", "flows.embedded", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -148,15 +148,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(port: int) -> None:
-    parent = os.getppid()
+def _serve(port: int, parent: int) -> None:
     if sys.platform == "linux":
         import ctypes
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            return
+    if os.getppid() != parent:  # it ended before this was ready to end with it
+        return
     import uvicorn
 
     uvicorn.run(
@@ -170,4 +169,4 @@ def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(*map(int, sys.argv[1:]))

@@ -36,6 +36,11 @@ class Home:
         """One folder per run: journal, report, logs."""
         return self.root / "runs"
 
+    @property
+    def workers_log(self) -> Path:
+        """What the process that steps are forked from prints."""
+        return self.root / "workers.log"
+
     def run(self, run_id: str) -> Path:
         """The folder of one run."""
         return self.runs / run_id

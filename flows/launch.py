@@ -66,4 +66,4 @@ def _prepare(spec: PipelineSpec, home: Home) -> None:
     """Let torch be loaded for the steps while Prefect is loaded here and its server starts."""
     with contextlib.suppress(PlanError):  # the plan will say it in its place
         if forkserver.available(device_of(spec.resources.device)):
-            supervise.prepare(threads_of(spec), patient=False, log=home.root / "workers.log")
+            supervise.prepare(threads_of(spec), patient=False, log=home.workers_log)

@@ -17,9 +17,10 @@ from specs.schema.graph import BaselineSpec, Graph, Node, build
 from specs.schema.load import LoadedSpec
 from specs.schema.pipeline import PipelineSpec
 from specs.schema.suggest import nearest
+from tasks import supervise
 from tasks.artifacts import Store
 from tasks.conditions import DERIVED, conditions, evaluation_key
-from tasks.context import Artifact
+from tasks.context import Artifact, StepError
 from tasks.keys import digest_json, explain, step_key
 from tasks.registry import find
 
@@ -130,6 +131,7 @@ def make_plan(
     Raises:
         PlanError: a step named in the arguments does not exist, the device asked for is not there, or nothing can be
             written under ``home``.
+        StepError: the look at the model broke.
     """
     from flows.preflight import inspect
 
@@ -140,7 +142,13 @@ def make_plan(
     home.require()
     device = _device(loaded)
     threads = threads_of(spec)
-    findings = inspect(spec, [node for node in graph if node.id in selection], device, threads)
+    nodes = [node for node in graph if node.id in selection]
+    try:
+        findings = inspect(spec, nodes, device, threads, home.workers_log)
+    except supervise.ChildFailed as error:
+        failure = StepError(loaded.redact(f"the look at the model failed: {error}"))
+        failure.add_note(loaded.redact(error.details))
+        raise failure from None
     if findings.problems:
         fingerprints: dict[str, str] = {}
         measured: dict[str, Any] = {}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.errors import PlanError
 from flows.places import Problem, named_in, path_of_step
 from flows.plan import missing_packages
 from specs.schema.graph import Node
@@ -41,11 +39,12 @@ class Findings:
     scored: int = 0
 
 
-def inspect(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int) -> Findings:
-    """Look at everything the spec names without loading a weight or starting a step.
+def inspect(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int, log: Path) -> Findings:
+    """Look at everything the spec names without loading a weight or starting a step; what torch prints meanwhile goes
+    to ``log``.
 
     Raises:
-        PlanError: the look at the model broke.
+        ChildFailed: the look at the model broke.
     """
     findings = Findings()
     for node in nodes:
@@ -55,7 +54,7 @@ def inspect(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int
             findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec)))
     _data(spec, findings)
     _sources(spec, nodes, findings)
-    _model(spec, nodes, device, threads, findings)
+    _model(spec, nodes, device, threads, log, findings)
     return findings
 
 
@@ -115,7 +114,7 @@ def _field_of_data(spec: PipelineSpec, text: str) -> KeyPath:
     return ("data",)
 
 
-def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int, findings: Findings) -> None:
+def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int, log: Path, findings: Findings) -> None:
     steps = {node.id: node.spec for node in nodes}
     job = {
         "do": "look",
@@ -126,18 +125,17 @@ def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int,
         "steps": [step.model_dump(mode="json", by_alias=True) for step in steps.values()],
     }
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            seen = supervise.run_child(
-                job,
-                threads=threads,
-                patient=False,
-                loaded=forkserver.available(device),
-                log=Path(folder) / "log",
-                on_event=lambda event: None,
-            )
+        seen = supervise.run_child(
+            job,
+            threads=threads,
+            patient=False,
+            loaded=forkserver.available(device),
+            log=log,
+            on_event=lambda event: None,
+        )
     except supervise.ChildFailed as error:
         if error.retriable:  # it did not refuse the model, it broke
-            raise PlanError(f"the look at the model failed: {error}\n{error.details}") from error
+            raise
         findings.problems.append(Problem(str(error), _field_of_model(spec, str(error))))
         return
     model = ModelSummary(**seen["model"])

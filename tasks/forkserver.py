@@ -19,11 +19,14 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, NoReturn
 
 PRELOADED = (
     "torch",
+    "transformers",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "tasks.worker",
@@ -41,7 +44,11 @@ def available(device: str) -> bool:
 
 
 class Forked:
-    """A forked child, with the part of ``subprocess.Popen``'s interface that supervision uses."""
+    """A forked child, with the part of ``subprocess.Popen``'s interface that supervision uses.
+
+    Raises:
+        OSError: there is none; the server died or could not fork.
+    """
 
     def __init__(self, stdin: int, stdout: int, status: int) -> None:
         self.stdin: IO[bytes] | None = os.fdopen(stdin, "wb")
@@ -50,6 +57,11 @@ class Forked:
         self._status = status
         self._guard = threading.Lock()
         self.pid = self._read()
+        if self.pid <= 0:
+            for stream in (self.stdin, self.stdout):
+                stream.close()
+            os.close(status)
+            raise OSError("the process that steps are forked from could not fork")
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while the child lives."""
@@ -91,6 +103,7 @@ class ForkServer:
             variables: its environment, and that of every child.
             log: takes what is printed while it loads.
         """
+        self.log = Path(log.name)
         self._channel, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -106,9 +119,20 @@ class ForkServer:
         self._loaded = False
 
     @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """Whether it can fork, or will."""
         return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, and its children with it."""
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
 
     def loaded(self, timeout: float) -> bool:
         """Whether the modules are loaded, after at most ``timeout`` seconds.
@@ -147,6 +171,14 @@ class ForkServer:
         return Forked(job_write, event_read, status_read)
 
 
+def _deserted(channel: socket.socket) -> bool:
+    """Whether nobody is left to ask for a child."""
+    try:
+        return not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+
+
 def _serve(channel: socket.socket) -> None:
     """Fork a child for every request, and say how each ends, until nobody is left to ask."""
     wake_read, wake_write = os.pipe()
@@ -169,7 +201,13 @@ def _serve(channel: socket.socket) -> None:
                 if not message:
                     return
                 server = os.getpid()
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except OSError:
+                    traceback.print_exc()  # the one that asked sees its pipes end
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                    continue
                 if not pid:
                     inherited = [wake_read, wake_write, channel.fileno(), *statuses.values()]
                     _become_worker(server, descriptors, inherited)
@@ -206,6 +244,9 @@ def _become_worker(server: int, descriptors: list[int], inherited: list[int]) ->
     random.seed()
     try:
         worker.main(server)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(1)
 
@@ -215,11 +256,13 @@ def main(descriptor: int) -> None:
 
     The kernel's signal at the death of a parent is of no use here: it comes when the thread ends that started this.
     """
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a child would copy the pages that it shares with this process
     with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):
+        for name in PRELOADED:
+            importlib.import_module(name)
+            if _deserted(channel):
+                return
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy the pages that it shares with this process
         channel.send(b"l")
         _serve(channel)
 

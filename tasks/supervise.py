@@ -172,7 +172,7 @@ def run_child(
     loaded: bool = False,
     command: Sequence[str] = WORKER,
 ) -> dict[str, Any]:
-    """Run one job in a fresh process and return its result.
+    """Run one job in a process of its own and return its result.
 
     Args:
         job: JSON data that ``tasks.worker`` understands.
@@ -255,14 +255,19 @@ def _server(sink: IO[bytes], threads: int, patient: bool) -> ForkServer:
 
 
 def _fork(sink: IO[bytes], threads: int, patient: bool) -> Process:
-    server = _server(sink, threads, patient)
-    try:
-        while not server.loaded(0.2):
-            if cancelled():
-                raise RunCancelled
-        return server.fork(sink)
-    except OSError as error:
-        raise ChildFailed(str(error), details=_tail(Path(sink.name))) from error
+    """A child of the server; where that one has died, of a new one."""
+    for last in (False, True):
+        server = _server(sink, threads, patient)
+        try:
+            while not server.loaded(0.2):
+                if cancelled():
+                    raise RunCancelled
+            return server.fork(sink)
+        except OSError as error:
+            server.close()
+            if last:
+                raise ChildFailed(str(error), details=_tail(server.log)) from error
+    raise AssertionError
 
 
 def _listen(

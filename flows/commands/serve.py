@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -47,10 +48,10 @@ def deploy(
     loaded = load(spec, set_ or ())
     configure()
     if not has_server():
-        err.print(
+        complain(
             "A schedule needs a Prefect server that stays; the embedded one lives only as long as a run.\n"
-            "Start one with `lathe up`, then: PREFECT_API_URL=http://127.0.0.1:4200/api lathe deploy " + str(spec),
-            markup=False,
+            "Start one with `lathe up`, then: "
+            f"PREFECT_API_URL=http://127.0.0.1:4200/api lathe deploy {quote(str(spec))}"
         )
         raise typer.Exit(ExitCode.SPEC)
     try:

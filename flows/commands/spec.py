@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -155,4 +156,4 @@ def init(
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror}", ExitCode.SPEC)
     wrote = f"{path} and {schema}, with which editors check it" if schema else path
-    complain(f"wrote {wrote}; next: lathe plan {path}, then lathe run {path}")
+    complain(f"wrote {wrote}; next: lathe plan {quote(str(path))}, then lathe run {quote(str(path))}")

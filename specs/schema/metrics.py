@@ -73,7 +73,7 @@ _ALL = (
     Metric("latency_p90", "seconds", "lower", "90th percentile of the latency of one batch"),
     Metric("latency_p99", "seconds", "lower", "99th percentile of the latency of one batch"),
     Metric("throughput", "rate", "higher", "examples a second at the stated batch and length"),
-    Metric("peak_memory", "bytes", "lower", "peak resident memory of a fresh process that loads and runs the artifact"),
+    Metric("peak_memory", "bytes", "lower", "peak resident memory of the process that loads and runs the artifact"),
     Metric("size", "bytes", "lower", "bytes on disk of the files that are deployed"),
     Metric("parameters", "count", "lower", "number of weights"),
     Metric("nonzero_parameters", "count", "lower", "number of weights that are not zero"),

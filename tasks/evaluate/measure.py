@@ -1,6 +1,6 @@
 """The evaluation of one artifact: speed, memory, quality, size, and for an export parity, on the very files that ship.
 
-It runs in a process of its own that did nothing before. For an export that process imports no torch.
+It runs in a process of its own that has done nothing but load torch. For an export it has not even done that.
 """
 
 from __future__ import annotations

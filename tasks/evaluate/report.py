@@ -301,4 +301,5 @@ def _confidence(run: RunSummary) -> str:
 
 
 def _md(text: str) -> str:
-    return re.sub(r"([\\|*`]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;").replace("\n", " ")
+    escaped = re.sub(r"([\\|*`\[~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text.replace("&", "&amp;"))
+    return re.sub(r"[\r\n]+", " ", escaped.replace("<", "&lt;"))

@@ -74,7 +74,8 @@ def check_model(model: ModelSpec, task: Task, data: DataSpec) -> ModelSummary:
     bare = model.tokenizer is None and not has_tokenizer(found.folder)
     if bare and style != "ctc":
         raise StepError(f"{source} has no tokenizer; name the one that belongs to it in model.tokenizer")
-    architecture = next(iter(config.architectures or ()), config.model_type)
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    architecture = str(next(iter(architectures), config.model_type))
     tokenizer = _tokenizer(model.tokenizer) if model.tokenizer else "its own"
     if bare:
         tokenizer = f"{ABOUT['ctc']}, from the training data"
@@ -114,7 +115,10 @@ def _header(file: Path) -> dict[str, Any]:
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for entry in header.values():
+            if not isinstance(entry["dtype"], str) or math.prod(map(int, entry["shape"])) < 0:
+                raise ValueError(f"a tensor of type {entry['dtype']!r} and shape {entry['shape']!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StepError(f"{file} is not a safetensors file ({error}); fetch the model again") from error
     if file.stat().st_size != 8 + size + end:
         raise StepError(f"{file} is cut short or damaged: {file.stat().st_size} bytes instead of {8 + size + end}")

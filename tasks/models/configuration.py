@@ -61,6 +61,8 @@ def build_model(config: PretrainedConfig, task: Task) -> nn.Module:
     """
     try:
         return auto_for(task, config.model_type).from_config(config, trust_remote_code=False)
+    except LookupError as error:
+        raise StepError(f"model.config cannot be built: it knows no {error}; correct the value") from error
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, AssertionError) as error:
         raise StepError(f"model.config cannot be built: {' '.join(str(error).split())}") from error
 

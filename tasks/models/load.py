@@ -159,8 +159,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise StepError(f"{path} is not a model: it has no config.json; name the folder that holds it")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StepError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise StepError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise StepError(f"{file} names no model_type; it is not the configuration of a Hugging Face model")
     return config

@@ -159,7 +159,7 @@ def test_the_plan_warns_of_leaks_and_of_skipped_rows(tmp_path):
     support.write_jsonl(tmp_path / "train.jsonl", [{"text": "one text"}, {"wrong": 1}, {"text": "another"}])
     support.write_jsonl(tmp_path / "dev.jsonl", [{"text": "One text"}, {"text": "new"}])
     block = {"train": "train.jsonl", "eval": "dev.jsonl", "on_bad_row": "skip", "max_length": 16}
-    findings = inspect(load(spec(tmp_path, "text-generation", block)).spec, [], "cpu", 1)
+    findings = inspect(load(spec(tmp_path, "text-generation", block)).spec, [], "cpu", 1, tmp_path / "log")
     facts = dict(findings.facts)
     assert facts["data.train"].startswith("2 records")
     assert facts["data.train"].endswith("1 skipped")

@@ -101,6 +101,17 @@ def test_an_interrupt_in_the_first_seconds_is_told(lonely: Project):
     assert err.endswith("interrupted\n")
     assert "Traceback" not in err
     assert lonely.run_ids() == []
+    wait_for(lambda: not _children_of(process.pid), 30, "the end of the embedded server")
+
+
+def _children_of(run: int) -> list[int]:
+    """Servers that were started by the process ``run``, which may have ended."""
+    command = ["flows.embedded", str(run)]
+    return [found.pid for found in psutil.process_iter(["cmdline"]) if _named(found.info["cmdline"] or [], command)]
+
+
+def _named(words: list[str], command: list[str]) -> bool:
+    return set(command) <= set(words)
 
 
 def test_a_cancellation_in_prefect_stops_the_run(project: Project, prefect_server: Server):

@@ -94,7 +94,7 @@ from tasks.forkserver import ForkServer
 server = ForkServer({**os.environ, **supervise.settings_for(1, patient=True)}, open(os.devnull, "wb"))
 while not server.loaded(1): pass
 child = server.fork(open(os.devnull, "wb"))
-print(server._process.pid, child.pid, flush=True)
+print(server.pid, child.pid, flush=True)
 time.sleep(60)
 """
 
@@ -123,10 +123,40 @@ def test_a_server_that_is_killed_takes_its_children_and_is_followed_by_another(t
     assert "nothing" in failure()
     key = frozenset(supervise.settings_for(1, patient=True).items())
     first = supervise._servers[key]
-    os.kill(first._process.pid, signal.SIGKILL)
-    until(lambda: not first.alive)
+    os.kill(first.pid, signal.SIGKILL)
     assert "nothing" in failure()
     assert supervise._servers[key] is not first
+
+
+def test_a_child_that_breaks_leaves_its_last_words(server: ForkServer, tmp_path: Path):
+    child = fork(server, tmp_path / "log")
+    assert child.stdin is not None
+    child.stdin.write(b"no job at all\n")
+    child.stdin.flush()
+    assert child.wait(10) == 1
+    assert "JSONDecodeError" in (tmp_path / "log").read_text()
+
+
+def test_a_server_that_dies_before_it_forks_is_told_as_such(tmp_path: Path):
+    with (tmp_path / "log").open("wb") as log:
+        server = ForkServer({**os.environ, **supervise.settings_for(1, patient=True)}, log)
+        until(lambda: server.loaded(0.2))
+        os.kill(server.pid, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (server.pid, signal.SIGKILL)).start()
+        with pytest.raises(OSError, match=r"could not fork|Broken pipe"):
+            server.fork(log)
+    server.close()
+    assert not server.alive
+
+
+def test_a_server_ends_while_it_loads_where_its_user_does():
+    code = USER.replace("while not server.loaded(1): pass", "print(server.pid, flush=True); time.sleep(60)")
+    user = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert user.stdout is not None
+    pid = int(user.stdout.readline())
+    user.kill()
+    user.wait()
+    until(lambda: not psutil.pid_exists(pid), 10)
 
 
 def test_a_server_that_cannot_load_says_why(tmp_path: Path):

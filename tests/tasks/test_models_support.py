@@ -121,7 +121,7 @@ def test_a_step_says_itself_what_it_refuses(monkeypatch):
     assert supports(other, "encoder", "text-classification") is None
 
 
-def test_the_plan_refuses_with_the_reason(speech_data):
+def test_the_plan_refuses_with_the_reason(speech_data, tmp_path):
     from flows.preflight import inspect
 
     def problems(family: support.Family) -> list[str]:
@@ -134,9 +134,8 @@ def test_the_plan_refuses_with_the_reason(speech_data):
                 "steps": [NPU.model_dump(exclude_unset=True)],
             }
         )
-        return [
-            str(getattr(problem, "text", problem)) for problem in inspect(spec, list(build(spec)), "cpu", 1).problems
-        ]
+        found = inspect(spec, list(build(spec)), "cpu", 1, tmp_path / "log")
+        return [problem.text for problem in found.problems]
 
     refused = supports(NPU, "encoder-decoder", "speech-recognition")
     assert refused is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import markdown_it
 import pytest
 
 from specs.schema.metrics import METRICS
@@ -375,3 +377,18 @@ def test_a_run_that_measured_nothing_still_has_a_report(tmp_path: Path) -> None:
     files = build_report(bare, tmp_path)
     assert set(files) == {"report.md", "report.html", "report.csv", "report.json"}
     assert "no data" in " ".join(Page(files["report.html"].read_text()).words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["![x](http://h/t.png)", "[a](http://h)", "a\rb", "__x__", "_x_", "*x*", "~~x~~", "&lt;b>", "<b>", "`x`", "a|b"],
+)
+def test_text_from_the_data_stays_text_in_markdown(text: str):
+    from tasks.evaluate.report import _md
+
+    page = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    shown = page.render(f"| h |\n| --- |\n| {_md(text)} |\n")
+    cell = shown.partition("<td>")[2].partition("</td>")[0]
+    assert html.unescape(cell) == text.replace("\r", " ")
+    assert "<" not in cell
+    assert _md("snake_case_name") == "snake_case_name"
