@@ -1,5 +1,6 @@
 """The script that MLflow runs to serve a registered model: text or audio in, an answer out.
 
+It lies beside the packages and not in ``tasks.tracking``, since the registry of steps imports every module of those.
 It travels with the model, so it leans on public libraries alone; only a model that plain Hugging Face cannot load
 (``lathe.json`` beside its weights) and an exported file that writes from an encoder's output or from audio ask for
 Lathe.
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,17 +23,6 @@ from mlflow.pyfunc.model import PythonModel
 
 Scores = np.ndarray
 Inputs = Mapping[str, np.ndarray]
-
-
-class Network(Protocol):
-    """``length`` is the window in tokens; calling it gives float logits, [batch, class] or [batch, token, word];
-    ``write`` gives the ids of what the model writes for one input of a translation or recording."""
-
-    length: int
-
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Scores: ...
-
-    def write(self, inputs: Inputs, limit: int) -> list[int]: ...
 
 
 def lathe(module: str) -> Any:
@@ -100,9 +90,6 @@ class LiteRT:
         self.output = self.interpreter.get_output_details()[0]
         self.batch, self.length = (int(size) for size in self.inputs[0]["shape"])
 
-    def write(self, inputs: Inputs, limit: int) -> list[int]:
-        raise NotImplementedError
-
     def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Scores:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
@@ -131,9 +118,6 @@ class Onnx:
         config = json.loads((file.parent / "config.json").read_text())
         self.length = int(config.get("positions", 512))
 
-    def write(self, inputs: Inputs, limit: int) -> list[int]:
-        raise NotImplementedError
-
     def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Scores:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         for port in self.session.get_inputs():
@@ -149,9 +133,6 @@ class Writer:
     def __init__(self, file: Path) -> None:
         self.model: Any = lathe("tasks.export.runtime").open_export(file)
         self.length = int(self.model.length)
-
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Scores:
-        raise NotImplementedError
 
     def write(self, inputs: Inputs, limit: int) -> list[int]:
         return self.model.write(inputs, limit)[0]
@@ -170,7 +151,9 @@ class Served(PythonModel):
         self.answer, writes = ANSWERS[self.task]
         files = [folder / name for name in EXPORTS if (folder / name).exists()]
         exported = Writer if writes else EXPORTS.get(files[0].name if files else "")
-        self.network: Network = exported(files[0]) if files and exported else Torch(folder)
+        # ``length`` is its window in tokens. Calling it gives float logits, [batch, class] or [batch, token, word];
+        # where the task writes, ``write`` gives the ids for one input of a translation or for one recording.
+        self.network: Any = exported(files[0]) if files and exported else Torch(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         config = self.folder / "config.json"
         self.labels = json.loads(config.read_text()).get("id2label", {}) if config.exists() else {}

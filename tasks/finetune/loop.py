@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from tasks.data.encoded import Encoded
 from tasks.finetune import checkpoints
 from tasks.finetune.batches import Batches, Roles
 from tasks.finetune.masks import Fixed, Kept, Masks, zero, zero_gradients, zeros_of
+from tasks.finetune.numerics import autocast, own_random_state, precision_of
 from tasks.finetune.objective import Loss, check, task_loss, weights_of_classes
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def train(
     validating = len(batches.validation) > 0
     curve = max(1, progress.total // CURVE_POINTS)
     ctx.progress(progress.step, progress.total)
-    with _own_random_state(ctx.device):
+    with own_random_state(ctx.device):
         if validating and progress.first_loss is None:
             _validate(training, progress, best, ctx)
         saved, tokens, spent = time.monotonic(), 0, 0.0
@@ -214,7 +214,7 @@ def _prepare(
 
     family = family_of(model.config)  # type: ignore[arg-type]
     warnings = (*data.warnings, *check(model, data, ctx.task, family))
-    precision = _precision(spec.precision, ctx.device)
+    precision = precision_of(spec.precision, ctx.device)
     model.float().to(ctx.device)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     examples = spec.batch_size * spec.gradient_accumulation_steps
@@ -258,7 +258,7 @@ def _update(training: _Training, progress: Progress, seed: int) -> _Update:
         batch = batches.tensors(part_rows)
         if training.beside is not None:
             batch |= training.beside(part_rows)
-        with _autocast(training.precision, batches.device):
+        with autocast(training.precision, batches.device):
             part, part_weight = training.objective(training.model, batch)
         # The weight of all parts is known only after the last; dividing by a guess keeps fp16 gradients in range.
         scaler.scale(part / tokens).backward()
@@ -288,7 +288,7 @@ def _validate(training: _Training, progress: Progress, best: dict[str, Tensor], 
 
     training.model.eval()
     total = weight = 0.0
-    with torch.no_grad(), _autocast(training.precision, ctx.device):
+    with torch.no_grad(), autocast(training.precision, ctx.device):
         for rows in training.batches.validation_batches(training.spec.batch_size):
             part, part_weight = training.measure(training.model, training.batches.tensors(rows))
             total += float(part)
@@ -368,37 +368,6 @@ def _load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in _state(model).items():
             tensor.copy_(tensors[name])
-
-
-def _precision(asked: str, device: str) -> str:
-    import torch
-
-    if device == "cpu":
-        if asked == "fp16":
-            raise StepError("precision: fp16 needs a GPU and this step runs on the CPU; write precision: auto")
-        return "fp32" if asked == "auto" else asked
-    if asked == "auto":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return asked
-
-
-def _autocast(precision: str, device: str) -> torch.autocast:
-    import torch
-
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device, dtype=dtype, enabled=precision != "fp32")
-
-
-@contextmanager
-def _own_random_state(device: str) -> Iterator[None]:
-    import torch
-
-    before = np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
-            yield
-    finally:
-        np.random.set_state(before)
 
 
 def _diverged(measured: str, step: int, spec: TrainingSpec, precision: str) -> StepError:

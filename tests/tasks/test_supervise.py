@@ -166,15 +166,17 @@ class Neighbour:
 def test_a_timeout_does_not_count_while_a_child_is_stopped(tmp_path):
     neighbour = Neighbour(2, tmp_path)
     body = f"tell(event='note')\nwhile not os.path.exists({str(neighbour.inside)!r}): time.sleep(0.01)\n"
-    run(body + "tell(event='result')", tmp_path / "log", on_event=neighbour.begin, timeout=1.5)
+    result = run(body + "tell(event='result')", tmp_path / "log", on_event=neighbour.begin, timeout=1.5)
     neighbour.thread.join()
+    assert result == {"event": "result"}
 
 
 def test_a_timeout_begins_with_the_child(tmp_path):
     neighbour = Neighbour(2, tmp_path)
     neighbour.begin()
-    run("tell(event='result')", tmp_path / "log", timeout=1.5)
+    result = run("tell(event='result')", tmp_path / "log", timeout=1.5)
     neighbour.thread.join()
+    assert result == {"event": "result"}
 
 
 def test_a_timeout_does_not_count_while_a_child_waits_to_measure(tmp_path):
@@ -183,7 +185,7 @@ def test_a_timeout_does_not_count_while_a_child_waits_to_measure(tmp_path):
         with supervise._machine_wide_lock():
             waiting = pool.submit(run, MEASURING.format(0), tmp_path / "log", timeout=1.5)
             time.sleep(2)
-        waiting.result()
+        assert waiting.result()["event"] == "result"
 
 
 def test_a_timeout_is_late_by_the_pause_and_no_more(tmp_path):
