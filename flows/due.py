@@ -22,21 +22,17 @@ COVERED = "skipped: an earlier run of the same schedule began after this one was
 MISSED = "skipped: nothing served the schedule when this run was due"
 
 
-def cover_due() -> int:
+def cover_due() -> None:
     """Record as cancelled the other runs of the schedule of the flow run that calls this that are due by now: after a
     run that took longer than the interval, one run does for all that were due meanwhile.
-
-    Returns:
-        How many runs that were.
     """
     identifier = flow_run.get_id()
     if identifier is None:
-        return 0
+        return
     with get_client(sync_client=True) as client:
         mine = client.read_flow_run(UUID(str(identifier)))
-        if not mine.auto_scheduled or mine.deployment_id is None:
-            return 0
-        return _cancel_due(client, mine.deployment_id, COVERED)
+        if mine.auto_scheduled and mine.deployment_id is not None:
+            _cancel_due(client, mine.deployment_id, COVERED)
 
 
 def skip_missed(deployment: str) -> int:
@@ -61,10 +57,9 @@ def _cancel_due(client: SyncPrefectClient, deployment: UUID, message: str) -> in
         expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
     )
     cancelled = 0
-    while True:  # the server answers with so many at a time
-        due = [run for run in client.read_flow_runs(flow_run_filter=wanted) if run.auto_scheduled]
+    # The server answers with so many at a time.
+    while due := [run for run in client.read_flow_runs(flow_run_filter=wanted) if run.auto_scheduled]:
         for run in due:
             client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
         cancelled += len(due)
-        if not due:
-            return cancelled
+    return cancelled

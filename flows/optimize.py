@@ -89,11 +89,11 @@ def optimize(
             events.publish({"event": "status", "text": f"closed {killed}, whose process was killed"})
         try:
             plan = make_plan(loaded, place, only=only, from_step=from_step, no_cache=no_cache)
+            if plan.problems:
+                raise PlanError("the plan found problems:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
+            if supervise.cancelled():
+                raise supervise.RunCancelled
         except supervise.RunCancelled:
-            return Cancelled(message="cancelled before the first step")
-        if plan.problems:
-            raise PlanError("the plan found problems:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
-        if supervise.cancelled():
             return Cancelled(message="cancelled before the first step")
         run = Run(loaded, place, plan, resume_command(path, overrides, only))
         outcome = run.carry_out()

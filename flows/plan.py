@@ -85,7 +85,8 @@ class Plan:
     def side_by_side(self, id: str) -> bool:
         """Whether another step of the run may work at the same time as the step ``id``."""
         related = {id, *self.graph.ancestors(id), *self.graph.descendants(id)}
-        return self.spec.resources.parallel > 1 and any(step.node.id not in related for step in self.selected())
+        others = (step for step in self.selected() if step.state != "cached" and step.node.id not in related)
+        return self.spec.resources.parallel > 1 and any(others)
 
 
 def device_of(choice: Literal["auto", "cpu", "cuda"]) -> str:
@@ -132,6 +133,7 @@ def make_plan(
         PlanError: a step named in the arguments does not exist, the device asked for is not there, or nothing can be
             written under ``home``.
         StepError: the look at the model broke.
+        RunCancelled: the run was cancelled meanwhile.
     """
     from flows.preflight import inspect
 

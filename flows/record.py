@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,9 +67,11 @@ def read_run(folder: Path) -> RunRecord | None:
 
 
 def home_for(spec: Path | None) -> Home:
-    """The home of the spec; without one, that of this folder, or of the folder ``specs`` in it."""
+    """``$LATHE_HOME`` where that is set, or the home of the spec; without either, that of this folder, or of the folder
+    ``specs`` in it."""
     here = Home.of(spec)
-    if spec is None and not here.runs.is_dir() and (beside := Home(Path("specs").resolve() / ".lathe")).runs.is_dir():
+    named = spec is not None or os.environ.get("LATHE_HOME")
+    if not named and not here.runs.is_dir() and (beside := Home(Path("specs").resolve() / ".lathe")).runs.is_dir():
         return beside
     return here
 

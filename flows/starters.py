@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from shlex import quote
 
 import specs
 from specs.schema.base import Task
@@ -27,7 +28,7 @@ def starter(task: Task, path: Path) -> str:
     folder = path.absolute().parent
     schema = os.path.relpath(PACKAGE / "schema.json", folder) if _inside(folder) else SCHEMA
     _, rest = (PACKAGE / STARTERS[task]).read_text(encoding="utf-8").split("\n", 1)
-    rest = rest.replace(f"specs/{STARTERS[task]}", str(path))  # the commands in the comments are for this file
+    rest = rest.replace(f"specs/{STARTERS[task]}", quote(str(path)))  # the commands in the comments are for this file
     return f"# yaml-language-server: $schema={schema}\n{rest}"
 
 

@@ -2,11 +2,15 @@
 
 Loading the two takes some six seconds of a core, more than most steps of a small model, and each step and each
 measurement has a process of its own. Used on Linux for work on the CPU; CUDA does not survive a fork.
+
+``multiprocessing`` has a fork server too, but one for the whole process, whereas OpenMP reads its settings when it is
+loaded and these differ between steps; and its children have no session, log and pipes of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import os
@@ -17,8 +21,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +37,7 @@ PRELOADED = (
 """What a child finds loaded. No module of them may start a thread that matters, or touch a GPU, when it is imported."""
 
 _NUMBER = struct.Struct("q")
-_POLL_SECONDS = 0.02
+_GONE = -signal.SIGKILL.value
 
 
 def available(device: str) -> bool:
@@ -47,7 +49,8 @@ class Forked:
     """A forked child, with the part of ``subprocess.Popen``'s interface that supervision uses.
 
     Raises:
-        OSError: there is none; the server died or could not fork.
+        ConnectionError: there is none, since the server has ended.
+        OSError: there is none, since the server could not fork.
     """
 
     def __init__(self, stdin: int, stdout: int, status: int) -> None:
@@ -55,24 +58,20 @@ class Forked:
         self.stdout: IO[bytes] | None = os.fdopen(stdout, "rb")
         self.returncode: int | None = None
         self._status = status
-        self._guard = threading.Lock()
         self.pid = self._read()
         if self.pid <= 0:
             for stream in (self.stdin, self.stdout):
                 stream.close()
             os.close(status)
-            raise OSError("the process that steps are forked from could not fork")
+            if self.pid == _GONE:
+                raise ConnectionError("the process that steps are forked from has ended")
+            raise OSError(-self.pid, os.strerror(-self.pid))
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while the child lives."""
-        with self._guard:
-            if self.returncode is None:
-                with selectors.DefaultSelector() as selector:
-                    selector.register(self._status, selectors.EVENT_READ)
-                    if selector.select(0):
-                        self.returncode = self._read()
-                        os.close(self._status)
-            return self.returncode
+        if self.returncode is None and _readable(self._status, 0):
+            self._end()
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, once the child has ended.
@@ -80,17 +79,27 @@ class Forked:
         Raises:
             subprocess.TimeoutExpired: it lives after ``timeout`` seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
+        if self.returncode is None:
+            if not _readable(self._status, timeout):
                 raise subprocess.TimeoutExpired("tasks.worker", timeout or 0.0)
-            time.sleep(_POLL_SECONDS)
-        return code
+            self.returncode = self._end()
+        return self.returncode
+
+    def _end(self) -> int:
+        self.returncode = self._read()
+        os.close(self._status)
+        return self.returncode
 
     def _read(self) -> int:
         """The next number from the server; where the server was killed, so was the child."""
         data = os.read(self._status, _NUMBER.size)
-        return _NUMBER.unpack(data)[0] if len(data) == _NUMBER.size else -signal.SIGKILL
+        return _NUMBER.unpack(data)[0] if len(data) == _NUMBER.size else _GONE
+
+
+def _readable(source: int | socket.socket, timeout: float | None) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        return bool(selector.select(timeout))
 
 
 class ForkServer:
@@ -115,7 +124,6 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-
         self._loaded = False
 
     @property
@@ -138,15 +146,14 @@ class ForkServer:
         """Whether the modules are loaded, after at most ``timeout`` seconds.
 
         Raises:
-            OSError: it ended before they were.
+            ConnectionError: it ended before they were.
         """
         if not self._loaded:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._channel, selectors.EVENT_READ)
-                if not selector.select(timeout):
-                    return False
+            if not _readable(self._channel, timeout):
+                return False
             if not self._channel.recv(1):
-                raise OSError(f"the process that steps are forked from ended with exit code {self._process.wait()}")
+                code = self._process.wait()
+                raise ConnectionError(f"the process that steps are forked from ended with exit code {code}")
             self._loaded = True
         return True
 
@@ -154,7 +161,8 @@ class ForkServer:
         """A new child that runs ``tasks.worker``; what it prints goes to ``log``. Call it once ``loaded``.
 
         Raises:
-            OSError: the server is gone.
+            ConnectionError: the server is gone.
+            OSError: there is no room for another process or pipe.
         """
         job_read, job_write = os.pipe()
         event_read, event_write = os.pipe()
@@ -203,8 +211,8 @@ def _serve(channel: socket.socket) -> None:
                 server = os.getpid()
                 try:
                     pid = os.fork()
-                except OSError:
-                    traceback.print_exc()  # the one that asked sees its pipes end
+                except OSError as error:
+                    os.write(descriptors[-1], _NUMBER.pack(-(error.errno or errno.EAGAIN)))
                     for descriptor in descriptors:
                         os.close(descriptor)
                     continue
@@ -241,7 +249,7 @@ def _become_worker(server: int, descriptors: list[int], inherited: list[int]) ->
     os.write(status, _NUMBER.pack(os.getpid()))
     for descriptor in (*descriptors, *inherited):
         os.close(descriptor)
-    random.seed()
+    random.seed()  # else every child would draw the same
     try:
         worker.main(server)
     except BaseException:
@@ -265,6 +273,7 @@ def main(descriptor: int) -> None:
         gc.freeze()  # a collection in a child would copy the pages that it shares with this process
         channel.send(b"l")
         _serve(channel)
+        os._exit(0)  # at once, and the children with it
 
 
 if __name__ == "__main__":

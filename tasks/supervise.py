@@ -263,10 +263,12 @@ def _fork(sink: IO[bytes], threads: int, patient: bool) -> Process:
                 if cancelled():
                     raise RunCancelled
             return server.fork(sink)
-        except OSError as error:
+        except ConnectionError as error:
             server.close()
             if last:
                 raise ChildFailed(str(error), details=_tail(server.log)) from error
+        except OSError as error:
+            raise ChildFailed(f"no process could be forked: {error}") from error
     raise AssertionError
 
 
@@ -326,8 +328,8 @@ def _death(child: Process, log: Path) -> ChildFailed:
     if code < 0:
         name = signal.Signals(-code).name
         cause = "; most likely the memory ran out" if code == -signal.SIGKILL else ""
-        return ChildFailed(f"the step's process was killed by {name}{cause}", details=tail)
-    return ChildFailed(f"the step's process ended with exit code {code}", details=tail)
+        return ChildFailed(f"its process was killed by {name}{cause}", details=tail)
+    return ChildFailed(f"its process ended with exit code {code}", details=tail)
 
 
 def _tail(log: Path) -> str:

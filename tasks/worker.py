@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ def _do_look(job: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         DataSpec.model_validate(job["data"]),
         [step_from_json(step) for step in job["steps"]],
     )
-    return {"model": asdict(summary), "remarks": [asdict(remark) for remark in remarks]}
+    shown = replace(summary, config={})  # the plan asks no more of it
+    return {"model": asdict(shown), "remarks": [asdict(remark) for remark in remarks]}
 
 
 def _exclusive(emit: Emit) -> Callable[[], contextlib.AbstractContextManager[None]]:

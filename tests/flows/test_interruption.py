@@ -95,23 +95,14 @@ def test_an_interrupt_in_the_first_seconds_is_told(lonely: Project):
     lonely.write(LONG % 900)
     process = lonely.start("run", "spec.yaml")
     wait_for(lambda: (lonely.home / "prefect-server.log").exists(), 60, "the start of the server")
+    started = wait_for(lambda: children(process.pid), 10, "the process of the server")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.endswith("interrupted\n")
     assert "Traceback" not in err
     assert lonely.run_ids() == []
-    wait_for(lambda: not _children_of(process.pid), 30, "the end of the embedded server")
-
-
-def _children_of(run: int) -> list[int]:
-    """Servers that were started by the process ``run``, which may have ended."""
-    command = ["flows.embedded", str(run)]
-    return [found.pid for found in psutil.process_iter(["cmdline"]) if _named(found.info["cmdline"] or [], command)]
-
-
-def _named(words: list[str], command: list[str]) -> bool:
-    return set(command) <= set(words)
+    assert_gone(started)
 
 
 def test_a_cancellation_in_prefect_stops_the_run(project: Project, prefect_server: Server):

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flows.errors import PlanError
 from flows.home import Home
 from flows.places import Problem, path_of_step, placed
 from flows.plan import Plan, PlannedStep, make_plan
+from flows.record import home_for
 from flows.show import graph_lines, show_plan
 from flows.terminal import ExitCode
 from specs.schema.graph import build
@@ -179,6 +181,8 @@ def test_an_unknown_form_is_a_mistake_of_the_command_line(capsys: pytest.Capture
 def test_steps_that_may_work_at_the_same_time_are_known(tmp_path: Path, parallel: int, shared: set[str]) -> None:
     plan = planned(tiny(tmp_path, SPEC + FORKED + f"resources: {{parallel: {parallel}}}\n"))
     assert {step.node.id for step in plan.steps if plan.side_by_side(step.node.id)} == shared
+    standing = replace(plan, steps=tuple(replace(step, state="cached") for step in plan.steps))
+    assert not any(standing.side_by_side(step.node.id) for step in standing.steps)
 
 
 def test_the_plan_loads_no_torch(tmp_path: Path) -> None:
@@ -193,3 +197,13 @@ def test_the_plan_loads_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
+def test_a_home_that_is_named_comes_before_one_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "specs" / ".lathe" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LATHE_HOME", raising=False)
+    assert home_for(None).root == tmp_path / "specs" / ".lathe"
+    monkeypatch.setenv("LATHE_HOME", str(tmp_path / "elsewhere"))
+    assert home_for(None).root == tmp_path / "elsewhere"
+    assert home_for(tmp_path / "specs" / "any.yaml").root == tmp_path / "elsewhere"
