@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, NoReturn
 
+from tasks import memory
+
 PRELOADED = (
     "torch",
     "transformers",
@@ -269,6 +271,7 @@ def main(descriptor: int) -> None:
             importlib.import_module(name)
             if _deserted(channel):
                 return
+        memory.before_forks()
         gc.collect()
         gc.freeze()  # a collection in a child would copy the pages that it shares with this process
         channel.send(b"l")

@@ -18,6 +18,7 @@ from typing import Any
 from specs.schema.base import Task
 from specs.schema.metrics import METRICS
 from specs.schema.pipeline import DataSpec, EvaluateSpec
+from tasks import memory
 from tasks.conditions import DERIVED
 from tasks.context import Artifact, StepError
 from tasks.data.encode import encode
@@ -74,11 +75,11 @@ def evaluate(
         StepError: the latency scenario does not fit the model, or the data is empty.
     """
     latency_threads, work = spec.latency.threads or threads, WORK[task]
-    before = speed.peak_memory()
+    before = memory.peak()
     runner = open_runner(artifact, task, latency_threads, device)
     shape = work.shape(runner, spec, data)
     work.first(runner, shape, tokenizer, data)
-    peak = speed.peak_memory()
+    peak = memory.peak()
 
     rows, text = encode(data, "eval", task, tokenizer, store), open_tokenizer(tokenizer)
     if not len(rows):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,17 +140,3 @@ def _calls(name: str, seconds: np.ndarray, inputs: Sequence[int]) -> Sample | No
         return None
     identity = (np.asarray(inputs),) if len(inputs) else ()
     return Sample("calls", len(seconds), {name: bootstrap.quantile(seconds, share)}, identity)
-
-
-def peak_memory() -> int:
-    """The peak resident memory of this process, bytes.
-
-    ``VmHWM`` belongs to the program that runs; ``ru_maxrss`` on Linux may hold what the parent had before ``exec``.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,7 +1,9 @@
-"""A Prefect server that stays for the session, and the `lathe` command as people run it."""
+"""A Prefect server that stays for the session, and the `lathe` command: in this process, or in one of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -106,6 +109,15 @@ def wait_for(condition: Callable[[], Any], patience: float, what: str = "the con
     raise AssertionError(f"{what} did not come within {patience} s")
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @dataclass
 class Project:
     """A folder with a spec, and the command line in it."""
@@ -126,23 +138,41 @@ class Project:
         self.spec.write_text(SPEC + rest)
         return self.spec
 
+    def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Those of this process, of the project and of one command."""
+        return {**os.environ, **self.variables, **variables}
+
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        """The command, started in a process group of its own."""
+        """The command as people run it, in a process and a process group of its own."""
         return subprocess.Popen(
             [*LATHE, *arguments],
             cwd=self.folder,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **self.variables, **variables},
+            env=self.environment(variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def lathe(self, *arguments: str, patience: float = 280, **variables: str) -> subprocess.CompletedProcess[str]:
-        """The command, run to its end, which has to come within ``patience`` seconds."""
-        process = self.start(*arguments, **variables)
-        out, err = process.communicate(timeout=patience)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    def lathe(self, *arguments: str, **variables: str) -> Done:
+        """The command, run to its end in this process, where Prefect, MLflow and the server that forks the steps are
+        loaded once for all of them."""
+        from prefect import context
+
+        from flows.cli import main
+
+        with (
+            mock.patch.dict(os.environ, self.environment(variables)),
+            contextlib.chdir(self.folder),
+            # Prefect reads the environment once; its threads know no other settings than these.
+            mock.patch.object(context, "GLOBAL_SETTINGS_CONTEXT", context.root_settings_context()),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+            pytest.raises(SystemExit) as end,
+        ):
+            main(arguments)
+        assert isinstance(end.value.code, int)
+        return Done(end.value.code, out.getvalue(), err.getvalue())
 
     def outcome(self, *arguments: str, **variables: str) -> tuple[int, dict[str, Any]]:
         """Exit code and JSON of `lathe run`."""

@@ -79,7 +79,7 @@ def test_an_application_runs_from_its_data_to_its_files(tmp_path: Path, prefect_
     spec, changes, metrics = CASES[case]
     project = Project(tmp_path, prefect_server.variables)
     options = [word for change in (*SMALL, *changes) for word in ("--set", change)]
-    done = project.lathe("run", str(SPECS / spec), "--json", *options, patience=560, LATHE_HOME=str(project.home))
+    done = project.lathe("run", str(SPECS / spec), "--json", *options, LATHE_HOME=str(project.home))
     assert done.returncode == 0, done.stdout + done.stderr
     outcome: dict[str, Any] = json.loads(done.stdout)
     record = read_run(Path(outcome["folder"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from specs.schema.pipeline import DataSpec
 from tasks import forkserver, supervise
 from tasks.forkserver import Forked, ForkServer
+from tests import support
 
 pytestmark = pytest.mark.skipif(not forkserver.available("cpu"), reason="work is forked on Linux alone")
 
@@ -203,3 +206,33 @@ def test_a_server_that_cannot_load_says_why(tmp_path: Path):
             until(lambda: server.loaded(0.2))
     assert "broken on purpose" in (tmp_path / "log").read_text()
     assert not server.alive
+
+
+def test_a_forked_evaluation_needs_the_memory_of_a_fresh_one(bert: Path, review_data: DataSpec, tmp_path: Path):
+    supervise.reset(parallel=1)
+    model = shutil.copytree(bert, tmp_path / "model")
+    (model / "manifest.json").write_text(json.dumps(support.as_artifact(bert).manifest))
+
+    def peak(loaded: bool) -> float:
+        out = tmp_path / f"loaded-{loaded}"
+        out.mkdir()
+        job = {
+            "run_id": "r",
+            "do": "evaluate",
+            "task": "text-classification",
+            "artifact": {"key": 64 * "0", "kind": "model", "digest": 64 * "0", "path": str(model)},
+            "evaluate": {"latency": {"warmup": 1, "repeats": 3}, "bootstrap": 100},
+            "data": review_data.model_dump(mode="json"),
+            "store": str(tmp_path / "store"),
+            "out": str(out),
+            "tokenizer": str(model),
+            "reference": None,
+            "device": "cpu",
+            "threads": 1,
+            "seed": 0,
+        }
+        log = tmp_path / "log"
+        supervise.run_child(job, threads=1, patient=True, loaded=loaded, log=log, on_event=lambda event: None)
+        return json.loads((out / "evaluation.json").read_text())["metrics"]["peak_memory"]["value"]
+
+    assert peak(True) == pytest.approx(peak(False), rel=0.1)
