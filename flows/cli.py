@@ -13,7 +13,7 @@ import click
 import typer
 
 import flows.commands
-from flows.terminal import ExitCode, complain, end_at_once, err, on_interrupt
+from flows.terminal import ExitCode, complain, end_at_once, err, leave, on_interrupt
 
 app = typer.Typer(
     name="lathe",
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _run([word for word in words if word != "--debug"], debug)
     if code == ExitCode.INTERRUPTED:
         complain("interrupted")
+        leave(code)
     sys.exit(code)
 
 

@@ -66,6 +66,14 @@ def on_interrupt(handler: Callable[[int, Any], Any]) -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process after an interruption: threads that are still in native code, a database's for instance, would
+    make the interpreter's own end abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def end_at_once(number: int, frame: Any) -> NoReturn:
     """End the process where it stands. For all that leaves nothing behind: an exception would pass through whatever is
     being imported, and libraries turn it into errors of their own or lose it."""

@@ -207,6 +207,7 @@ def test_errors_are_one_line_and_debug_shows_where(
         shown = capsys.readouterr().err
         assert "Traceback" in shown
         assert shown.endswith("unexpected error: RuntimeError: odd thing\n")
+    monkeypatch.setattr(cli, "leave", sys.exit)
     _raising(monkeypatch, KeyboardInterrupt())
     assert lathe("schema") == ExitCode.INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"

@@ -171,8 +171,8 @@ def weights(project: Project, step: str) -> str:
 def test_the_embedded_server_goes_with_a_killed_run(lonely: Project):
     lonely.write(LONG % 900)
     process = lonely.start("run", "spec.yaml")
-    training(lonely, process)
-    started = children(process.pid)
+    wait_for(lambda: (lonely.home / "workers.log").exists(), 60, "the start of both servers")
+    started = wait_for(lambda: children(process.pid), 10, "their processes")
     assert any("flows.embedded" in " ".join(psutil.Process(pid).cmdline()) for pid in started)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

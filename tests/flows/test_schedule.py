@@ -50,11 +50,9 @@ def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server
     assert project.lathe("run", "spec.yaml").returncode == 0
     process = project.start("deploy", "spec.yaml")
     try:
-        completed = wait_for(
-            lambda: finished(prefect_server) if process.poll() is None else ["died"], 200, "three runs"
-        )
+        completed = wait_for(lambda: finished(prefect_server) if process.poll() is None else ["died"], 200, "two runs")
         assert completed != ["died"], process.communicate()
-        assert len(completed) >= 3
+        assert len(completed) >= 2
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -62,7 +60,7 @@ def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server
         except subprocess.TimeoutExpired:  # Prefect's runner waits for the run under way
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    assert len(project.run_ids()) >= 4
+    assert len(project.run_ids()) >= 3
     with temporary_settings({PREFECT_API_URL: prefect_server.url}):
         wait_for(lambda: skip_missed("lathe/tiny"), 60, "a run that nothing serves")
         assert skip_missed("lathe/nothing") == 0
@@ -72,7 +70,7 @@ def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server
 
 
 def finished(server: Server) -> list[str]:
-    """Flow runs that the schedule started and that completed, once there are three."""
+    """Flow runs that the schedule started and that completed, once there are two."""
     body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}, "deployments": {"name": {"any_": ["tiny"]}}}
     found = server.ask("flow_runs/filter", body)
-    return [run["id"] for run in found] if len(found) >= 3 else []
+    return [run["id"] for run in found] if len(found) >= 2 else []
