@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +44,7 @@ def to_litert(signatures: Sequence[Signature], path: Path) -> None:
     for signature in signatures:
         converter.signature(signature.name, signature.module.eval(), (), dict(signature.inputs))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _settled():
             converter.convert().export(str(path))
     except StepError:
         raise
@@ -53,3 +55,15 @@ def to_litert(signatures: Sequence[Signature], path: Path) -> None:
         ) from error
     finally:
         progress.config.show_progress = shown
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Within the block nothing that stands is looked at for garbage: a conversion makes so many small objects that this
+    would take a quarter of its time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

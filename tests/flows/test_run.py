@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.artifacts import Store
-from tests.flows.conftest import Project, Server
+from tests.flows.conftest import Project, Server, wait_for
 
 FORKED = """
 steps:
@@ -278,9 +278,11 @@ def test_a_choice_is_made_again_when_the_measurements_are(project: Project):
 
 def test_two_runs_share_a_store_and_make_each_artifact_once(project: Project):
     project.write("steps:\n  - {id: half, uses: quantize, precision: bf16, evaluate: false}\n")
-    both = [project.start("run", "spec.yaml", "--json") for _ in range(2)]
-    outcomes = [json.loads(process.communicate(timeout=200)[0]) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    other = project.start("run", "spec.yaml", "--json")
+    wait_for(project.run_ids, 60, "the other run")
+    code, outcome = project.outcome()
+    outcomes = [outcome, json.loads(other.communicate(timeout=200)[0])]
+    assert (code, other.returncode) == (0, 0)
     made = [project.states(outcome["run_id"])["half"] for outcome in outcomes]
     assert sorted(made) == ["cached", "done"]
 
