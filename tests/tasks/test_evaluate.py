@@ -227,7 +227,7 @@ def exports(root: Path, llama: Path, bert: Path, text_data: DataSpec, review_dat
     wanted: dict[str, tuple[Path, str, DataSpec, dict[str, Any]]] = {
         "float": (bert, "text-classification", review_data, {"batch": 3}),
         "int8": (bert, "text-classification", review_data, {"precision": "int8-dynamic", "length": 8}),
-        "text": (llama, "text-generation", text_data, {"length": 12}),
+        "text": (llama, "text-generation", text_data, {"length": 12, "generation": False}),
     }
     for name, (source, task, data, fields) in wanted.items():
         spec = ExportTfliteSpec(id=name, uses="export_tflite", **fields)
