@@ -27,13 +27,14 @@ OFF = "LATHE_NO_KERNEL"
 
 _POINTER = ctypes.c_void_p
 _NUMBERS = ("batch", "heads", "groups", "rows", "keys", "width", "out_width", "buckets", "features", "probes", "window")
+_SETTINGS = ("band", "offset", "causal", "residual")
 
 
 class _Job(ctypes.Structure):
     """As ``Job`` in the source, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in (*_NUMBERS, "offset", "causal", "residual", "threads")),
+        *((name, ctypes.c_int64) for name in (*_NUMBERS, *_SETTINGS, "threads")),
         ("scale", ctypes.c_float),
         *((name, _POINTER) for name in ("q", "k", "v", "x")),
         *((name, ctypes.c_int64 * 3) for name in ("qs", "ks", "vs", "xs")),
@@ -142,7 +143,7 @@ def _run(function: str, call: Call, **tensors: Tensor) -> None:
     numbers: dict[str, Any] = dict(
         zip(_NUMBERS, (*sizes, *hashed.table.shape[1:], call.probes, call.window), strict=True)
     )
-    numbers |= {"offset": call.offset, "causal": call.causal, "residual": call.residual, "scale": call.scale}
+    numbers |= {name: getattr(call, name) for name in (*_SETTINGS, "scale")}
     job = _Job(threads=torch.get_num_threads(), seen=None if seen is None else seen.data_ptr(), **numbers)
     for name, tensor in given.items():
         setattr(job, f"{name}s", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))

@@ -118,8 +118,7 @@ static void backward_local(Piece& piece, Gradients& made, const std::vector<Span
         scores(tile.q.data(), D, packed.data(), n, D, s.data(), lds);
         for (int r = 0; r < m; r++)
           for (int c = 0; c < n; c++)
-            if ((job.seen && !job.seen[piece.b * job.keys + low + c]) || (job.causal && low + c > i + r + job.offset))
-              s[r * lds + c] = -INFINITY;
+            if (hides(job, piece.b, i + r, low + c)) s[r * lds + c] = -INFINITY;
         backward(tile, piece, made, s.data(), dp.data(), lds, keys.data(), values.data(), packed_values.data(), n,
                  dk.data(), dv.data());
       }

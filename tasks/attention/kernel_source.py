@@ -40,7 +40,7 @@ static inline v8 vexp(v8 x) {
 }
 
 struct Job {
-  int64_t batch, heads, groups, rows, keys, width, out_width, buckets, features, probes, window, offset;
+  int64_t batch, heads, groups, rows, keys, width, out_width, buckets, features, probes, window, band, offset;
   int64_t causal, residual, threads;
   float scale;
   const float *q, *k, *v, *x;                       // x: what of a key is hashed, [batch, groups, keys, features]
@@ -370,6 +370,13 @@ static void probe(Piece& piece, State& state, const std::vector<Span>& spans, si
   }
 }
 
+// Whether query i does not see key j of its local window.
+static bool hides(const Job& job, int64_t b, int64_t i, int64_t j) {
+  int64_t far = i + job.offset - j;
+  if (job.seen && !job.seen[b * job.keys + j]) return true;
+  return (job.causal && far < 0) || (job.band && std::abs(far) >= job.band);
+}
+
 static void local(Piece& piece, State& state, const std::vector<Span>& spans, size_t from, size_t to) {
   const Job& job = piece.job;
   int D = piece.D, Ep = piece.Ep;
@@ -384,7 +391,6 @@ static void local(Piece& piece, State& state, const std::vector<Span>& spans, si
     pack(row(job.k, job.ks, piece.b, piece.g, low), job.ks[2], n, D, packed.data());
     for (int64_t j = 0; j < n; j++)
       std::memcpy(&values[j * Ep], row(job.v, job.vs, piece.b, piece.g, low + j), piece.E * 4);
-    const uint8_t* seen = job.seen ? job.seen + piece.b * job.keys + low : nullptr;
     for (int64_t h = 0; h < piece.per; h++) {
       for (int64_t i = span.first; i < span.last; i += R) {
         int32_t at[R];
@@ -397,7 +403,7 @@ static void local(Piece& piece, State& state, const std::vector<Span>& spans, si
           scores(q.data(), D, &packed[(size_t)j * D], count, D, s.data(), BLOCK);
           for (int r = 0; r < m; r++)
             for (int c = 0; c < count; c++)
-              if ((seen && !seen[j + c]) || (job.causal && low + j + c > i + r + job.offset)) s[r * BLOCK + c] = -INFINITY;
+              if (hides(job, piece.b, i + r, low + j + c)) s[r * BLOCK + c] = -INFINITY;
           merge(state, at, m, s.data(), BLOCK, &values[(size_t)j * Ep], count);
         }
       }

@@ -63,6 +63,7 @@ class Call:
         probes: buckets that each query looks into.
         window: length of the blocks of the local window; a query meets those from the block before its own to its own,
             or without causality the block behind it too. 0 for none.
+        band: a query meets of its local window only keys less than so many positions away; 0 for all.
         causal: whether query ``i`` sees keys up to ``offset + i`` only; it needs a window.
         offset: position of the first query among the keys.
         residual: whether buckets that are not looked into count by their means.
@@ -76,6 +77,7 @@ class Call:
     seen: Tensor | None = None
     probes: int = 2
     window: int = 0
+    band: int = 0
     causal: bool = False
     offset: int = 0
     residual: bool = True

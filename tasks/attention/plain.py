@@ -104,17 +104,19 @@ def _piece(
         if not chosen:
             probe[:, span] = _choose(masses, call.probes).view(heads, span.stop - span.start, call.probes)
         if call.residual:
-            looked = torch.zeros_like(masses, dtype=torch.bool)
-            buckets = probe[:, span].reshape(len(at), call.probes).long()
-            looked.scatter_(1, buckets.clamp_min(0), buckets >= 0)
+            buckets = probe[:, span].reshape(len(at), call.probes, 1)
+            looked = (buckets == torch.arange(masses.shape[1], device=code.device)).any(1)
             parts.append((at, *_softmax(masses.masked_fill(looked, HIDDEN), values)))
         stop = min(len(key), span.stop + call.offset if call.causal else high)
         if call.window and stop > low:
             scores = mine @ key[low:stop].T
             hidden = (code[low:stop] < 0)[None].expand_as(scores)
+            places = torch.arange(span.start, span.stop, device=code.device).repeat(heads) + call.offset
+            far = places[:, None] - torch.arange(low, stop, device=code.device)
             if call.causal:
-                places = torch.arange(span.start, span.stop, device=code.device).repeat(heads) + call.offset
-                hidden = hidden | (torch.arange(low, stop, device=code.device)[None] > places[:, None])
+                hidden = hidden | (far < 0)
+            if call.band:
+                hidden = hidden | (far.abs() >= call.band)
             parts.append((at, *_softmax(scores.masked_fill(hidden, HIDDEN), value[low:stop])))
     flat, looking = scaled.reshape(heads * rows, -1), probe.reshape(heads * rows, call.probes)
     for bucket in range(call.hashed.table.shape[1]):
