@@ -236,6 +236,7 @@ def _way_out(takes: Sequence[Kind], id: str, found: Survey) -> str:
 def _article(kind: str) -> str:
     return {
         "model": "a model",
+        "swapped": "a model with replaced attention (its sorting and gathering can neither be exported nor pruned)",
         "packed": "a packed model (it runs, but can be neither trained nor exported)",
         "export": "an export (a file for a device, which cannot be changed)",
         "report": "a report",
@@ -244,7 +245,8 @@ def _article(kind: str) -> str:
 
 
 def _listed(kinds: Sequence[Kind]) -> str:
-    return " or ".join({"model": "a model", "packed": "a packed model", "export": "an export"}.get(k, k) for k in kinds)
+    names = {"model": "a model", "swapped": "one with replaced attention", "packed": "a packed model"}
+    return " or ".join((names | {"export": "an export"}).get(kind, kind) for kind in kinds)
 
 
 def metric_problem(found: Survey, task: str | None, name: str, id: str) -> tuple[str, str] | None:

@@ -96,9 +96,7 @@ def _sorted(
         return order, (centre - wide // 2).clamp(0, key.shape[2] - wide), held, places
 
 
-def _meets(
-    order: Tensor, met: Tensor, starts: Tensor, places: tuple[Tensor, Tensor], chunk: int, wide: int
-) -> Tensor:
+def _meets(order: Tensor, met: Tensor, starts: Tensor, places: tuple[Tensor, Tensor], chunk: int, wide: int) -> Tensor:
     """Whether the pairs of the queries ``order`` [B, H, N] with the keys ``met`` [B, H, chunks, wide] meet in the round
     that the other tensors describe, as numbers [B, H, chunks, chunk, wide]."""
     mine = starts.gather(2, places[0].gather(2, order) // chunk).unflatten(2, (-1, chunk))[..., None]

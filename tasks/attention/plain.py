@@ -36,7 +36,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for g in range(groups):
             mine = slice(g * per, (g + 1) * per)
             given = (call.query[b, mine], call.key[b, g], call.value[b, g])
-            made, mass = _piece(call, g, *(tensor.float() for tensor in given), code[b, g], probe[b, mine], chosen=False)
+            made, mass = _piece(
+                call, g, *(tensor.float() for tensor in given), code[b, g], probe[b, mine], chosen=False
+            )
             out[b, :, mine], lse[b, mine] = made.transpose(0, 1), mass
     return out, lse, code, probe
 
@@ -172,4 +174,6 @@ def _merge(parts: list[Part], rows: int, value: Tensor) -> tuple[Tensor, Tensor]
     weight = (masses - most[at]).exp() * (masses > HIDDEN / 2)
     total = value.new_zeros(rows).index_add(0, at, weight)
     out = value.new_zeros(rows, value.shape[-1]).index_add(0, at, outs * weight[:, None])
-    return out / total.clamp_min(1e-30)[:, None], torch.where(total > 0, most + total.clamp_min(1e-30).log(), -torch.inf)
+    return out / total.clamp_min(1e-30)[:, None], torch.where(
+        total > 0, most + total.clamp_min(1e-30).log(), -torch.inf
+    )

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 NAME = "lathe_buckets"
 """The attention's name in transformers and in ``lathe.json``."""
 
+FLEX = "flex_attention"
+"""transformers' name of torch's FlexAttention, and that of the transform."""
+
+TRANSFORMS = (NAME, FLEX)
+
 LAYER = "attention_swap"
 """Under this name an attention module holds what replaces its exact attention."""
 
@@ -170,6 +175,12 @@ def replay_swap(model: nn.Module, entry: Mapping[str, Any]) -> None:
     use(model)
 
 
+@transform(FLEX, trains=True)
+def replay_flex(model: Any, entry: Mapping[str, Any]) -> None:
+    """Let every attention be torch's FlexAttention."""
+    model.set_attn_implementation(FLEX)
+
+
 def use(model: Any) -> None:
     """Let ``model`` call this attention.
 
@@ -287,7 +298,13 @@ def run(layer: Any, seen: Seen) -> Tensor:
         return attend_in_chunks(
             seen.query, seen.key, seen.value, layer.rotations, settings["chunk"], seen.mask, seen.scale
         )
-    call = Call(
+    return attend(call_of(layer, seen))[0]
+
+
+def call_of(layer: Any, seen: Seen) -> Call:
+    """What buckets are to compute in place of an exact attention."""
+    settings = layer.settings
+    return Call(
         seen.query,
         seen.key,
         seen.value,
@@ -301,12 +318,9 @@ def run(layer: Any, seen: Seen) -> Tensor:
         residual=settings["residual"],
         scale=seen.scale,
     )
-    return attend(call)[0]
 
 
-def _obstacle(
-    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, fields: Mapping[str, Any]
-) -> str | None:
+def _obstacle(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, fields: Mapping[str, Any]) -> str | None:
     if fields.get("position_bias") is not None:
         return "position bias"
     if fields.get("softcap") is not None or fields.get("s_aux") is not None:
