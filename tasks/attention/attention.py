@@ -32,18 +32,19 @@ NEVER = 1 << 30
 
 _SALT = 41
 
-CAUSAL_CHUNKS = "is causal, and which keys stand in a chunk of sorted ones depends on later tokens; write method: lsh, which is causal"
+CAUSAL_CHUNKS = "is causal, and which keys stand in a chunk of sorted ones depends on later tokens; write method: lsh, which knows "
+    "no later token"
 NO_COMPILER = (
     "this machine has no C++ compiler, so that plain torch computes the buckets, many times slower; install g++ before "
     "relying on the speed"
 )
 FLEX = (
-    "flex compiles in every process that loads the model, about a minute on a CPU, where it computes exactly and trains "
-    "nothing; it pays on a GPU alone"
+    "flex compiles in every process that loads the model, about a minute on a CPU, where it cannot train and nothing is "
+    "gained; it pays on a GPU alone"
 )
 NO_EXPORT = (
-    "a model with replaced attention can be trained, quantized and measured, but not exported: neither LiteRT nor an NPU "
-    "has the sorting and the gathering of buckets of unequal size"
+    "a model with replaced attention can be trained, quantized and measured, but not exported: neither LiteRT nor an "
+    "NPU has the sorting and the gathering of buckets of unequal size"
 )
 
 
@@ -154,13 +155,13 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
     if pays > longest:
         made.warnings.append(
             f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is faster "
-            f"from {pays} on at the earliest: at these lengths the module computes exactly, nothing is gained, and what "
-            "follows measures exact attention"
+            f"from {pays} on at the earliest: at these lengths the module computes exactly, nothing is gained, and "
+            "what follows measures exact attention"
         )
     worst = max(found.error for found in made.chosen.values())
     summary = (
-        f"replaced {len(made.chosen)} of {len(modules)} attentions ({spec.method}), error of one at most {worst:.2%}, of "
-        f"the outputs {properties['output_error']:.2%} with all; faster from {pays} tokens on"
+        f"replaced {len(made.chosen)} of {len(modules)} attentions ({spec.method}), error of one at most {worst:.2%}, "
+        f"of the outputs {properties['output_error']:.2%} with all; faster from {pays} tokens on"
     )
     return StepResult(
         kind="swapped",

@@ -81,7 +81,7 @@ def _drawn(seen: Seen, length: int, generator: torch.Generator) -> Seen:
 
 
 def draw(times: Mapping[str, Mapping[int, float]], marks: Sequence[int] = ()) -> dict[str, bytes]:
-    """``attention.svg`` and ``.png``: time against length, a line for each method; ``marks`` are lengths to point out."""
+    """``attention.svg`` and ``.png``: time against length, a line for each method; ``marks`` are lengths to show."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

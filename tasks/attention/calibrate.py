@@ -54,29 +54,25 @@ def capture(network: nn.Module, modules: Mapping[str, nn.Module], data: Encoded)
     from tasks.compress.calibrate import examples, forward
 
     names = {module: name for name, module in modules.items()}
-    waiting = list(modules)
+    waiting = set(modules)
     while waiting:
         held: dict[str, list[Seen]] = {}
-        size = 0
 
-        def see(seen: Seen) -> None:
-            nonlocal size
+        def see(seen: Seen, held: dict[str, list[Seen]] = held) -> None:
             name = names.get(seen.module)
-            if name not in waiting or (name not in held and size > _MOST_BYTES):
+            full = sum(3 * 4 * call.query.numel() for calls in held.values() for call in calls) > _MOST_BYTES
+            if name not in waiting or (full and name not in held):
                 return
-            tensors = (seen.query, seen.key, seen.value)
-            size += sum(tensor.numel() * 4 for tensor in tensors)
-            query, key, value = (tensor.detach().float().contiguous() for tensor in tensors)
+            query, key, value = (given.detach().float().contiguous() for given in (seen.query, seen.key, seen.value))
             held.setdefault(name, []).append(replace(seen, query=query, key=key, value=value))
 
         with torch.no_grad(), watched(network, see):
             for batch in examples(data):
                 forward(network, batch)
         if not held:
-            for name in waiting:
-                yield name, []
+            yield from ((name, []) for name in sorted(waiting))
             return
-        waiting = [name for name in waiting if name not in held]
+        waiting -= set(held)
         yield from held.items()
 
 

@@ -25,8 +25,8 @@ def attend_in_chunks(
 
     In each round queries and keys are sorted by angular hash; a chunk of queries meets the ``2 · chunk`` keys about the
     bucket of its middle query, and a pair that meets in several rounds counts once. Departs from the article where it
-    changes the model: queries are not made keys and keys are not normalised; for the hash all keys are made equally long
-    by one more number. Which keys stand in a chunk depends on the whole sequence, so that there is no causal form.
+    changes the model: queries are not made keys, keys are not normalised; for the hash all keys are made equally long by
+    one more number. Which keys stand in a chunk depends on the whole sequence, so that there is no causal form.
 
     Args:
         query: [B, H, Lq, D].
@@ -51,7 +51,7 @@ def attend_in_chunks(
         met = held.gather(2, at.flatten(2)).view(at.shape)  # [B, H, chunks, wide], numbers of keys
         queries = _rows(query, order).unflatten(2, (-1, chunk)) * scale
         scores = queries @ _rows(key, met.flatten(2)).unflatten(2, met.shape[2:]).transpose(-1, -2)
-        times = sum(_meets(order, met, other[1], other[3], chunk, wide) for other in rounds)
+        times = torch.stack([_meets(order, met, other[1], other[3], chunk, wide) for other in rounds]).sum(0)
         scores = scores - times.clamp_min(1).log()
         if seen is not None:
             hidden = ~seen[:, None].expand(-1, key.shape[1], -1).gather(2, met.flatten(2)).view(met.shape)

@@ -1,5 +1,5 @@
-"""Builds and calls the C++ of bucketed attention (``tasks.attention.kernel_source``), with the machine's own compiler and
-for the machine's own processor."""
+"""Builds and calls the C++ of bucketed attention (``tasks.attention.kernel_source``), with the machine's own compiler
+for its own processor."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _build(program: str, source: str, file: Path) -> None:
 
 
 def usable(call: Call) -> bool:
-    """Whether the compiled functions can carry out ``call``: in memory of the CPU, value vectors of 512 numbers at most."""
+    """Whether the compiled functions can carry out ``call``: on the CPU, with values of 512 numbers at most."""
     return call.query.device.type == "cpu" and call.value.shape[-1] <= 512 and library() is not None
 
 

@@ -32,7 +32,8 @@ static void fill(Tile& tile, const Piece& piece, const Gradients& made, const in
 
 // From scores s [R][lds] of n keys to the gradients; s becomes that of the scores.
 static void backward(Tile& tile, const Piece& piece, Gradients& made, float* s, float* dp, int lds, const float* keys,
-                     const float* values, const float* packed_values, int n, float* __restrict dk, float* __restrict dv) {
+                     const float* values, const float* packed_values, int n, float* __restrict dk,
+                     float* __restrict dv) {
   int D = piece.D, Ep = piece.Ep;
   scores(tile.grad.data(), Ep, packed_values, n, Ep, dp, lds);
   for (int r = 0; r < tile.m; r++) {
@@ -65,7 +66,8 @@ static void backward_buckets(Piece& piece, Gradients& made, const std::vector<Sp
   for (int c = 0; c < piece.C; c++) {
     int from = piece.sorted.start[c], n = piece.sorted.start[c + 1] - from, lds = up(n);
     if (!n || start[c] == start[c + 1]) continue;
-    const float *keys = piece.sorted.keys.data() + (size_t)from * D, *values = piece.sorted.values.data() + (size_t)from * Ep;
+    const float* keys = piece.sorted.keys.data() + (size_t)from * D;
+    const float* values = piece.sorted.values.data() + (size_t)from * Ep;
     packed.resize((size_t)lds * D);
     packed_values.resize((size_t)lds * Ep);
     s.resize(R * lds);
@@ -132,7 +134,8 @@ static void backward_local(Piece& piece, Gradients& made, const std::vector<Span
 }
 
 // Adds sign * shares [C][D + Ep] of their buckets to the keys of these positions.
-static void share(const Piece& piece, Gradients& made, const std::vector<float>& shares, int64_t from, int64_t to, float sign) {
+static void share(const Piece& piece, Gradients& made, const std::vector<float>& shares, int64_t from, int64_t to,
+                  float sign) {
   int D = piece.D, Ep = piece.Ep;
   for (int64_t j = from; j < to; j++) {
     if (piece.code[j] < 0) continue;
@@ -147,7 +150,8 @@ static void backward_means(Piece& piece, Gradients& made, const std::vector<Span
   const Job& job = piece.job;
   int D = piece.D, Ep = piece.Ep, C = piece.C, Cp = piece.Cp;
   Sums sums(job);
-  std::vector<float> k((size_t)C * D), v((size_t)C * Ep), logs(C), packed((size_t)Cp * D), packed_values((size_t)Cp * Ep);
+  std::vector<float> k((size_t)C * D), v((size_t)C * Ep), logs(C);
+  std::vector<float> packed((size_t)Cp * D), packed_values((size_t)Cp * Ep);
   std::vector<float> s(R * Cp), dp(R * Cp), dk((size_t)C * D), dv((size_t)C * Ep), q(R * D);
   std::vector<float> total((size_t)C * (D + Ep), 0.f), part((size_t)C * (D + Ep));
   const float* spread = job.spread + piece.g * C;
@@ -173,7 +177,8 @@ static void backward_means(Piece& piece, Gradients& made, const std::vector<Span
         for (int r = 0; r < m; r++)
           for (int p = 0; p < job.probes; p++)
             if (piece.probes(at[r])[p] >= 0) s[r * Cp + piece.probes(at[r])[p]] = -INFINITY;
-        backward(tile, piece, made, s.data(), dp.data(), Cp, k.data(), v.data(), packed_values.data(), C, dk.data(), dv.data());
+        backward(tile, piece, made, s.data(), dp.data(), Cp, k.data(), v.data(), packed_values.data(), C, dk.data(),
+                 dv.data());
         for (int r = 0; r < m; r++) {
           float f = 0.f;
           for (int c = 0; c < C; c++) f += s[r * Cp + c] * spread[c];

@@ -103,7 +103,8 @@ static void pack(const float* rows, int64_t ld, int n, int width, float* packed)
 }
 
 // acc[r] = acc[r] * alpha[r] + sum_j p[r][j] * v[j], for width a multiple of 16.
-static void add_values(const float* p, int ldp, const float* v, int n, int width, float* const* acc, const float* alpha) {
+static void add_values(const float* p, int ldp, const float* v, int n, int width, float* const* acc,
+                       const float* alpha) {
   for (int e = 0; e < width; e += 16) {
     v8 a[R][2];
 #pragma GCC unroll 8

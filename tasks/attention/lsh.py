@@ -6,8 +6,8 @@ others, with ``residual``, as one key of ``n`` times the weight whose value is t
 their log-sum-exp, so that with as many probes as buckets the result is that of full attention.
 
 Routing Transformer (Roy et al. 2020, 2003.05997) and clustered attention (Vyas et al. 2020, 2007.04825) group keys so;
-here buckets keep their own sizes, only keys are hashed, which leaves queries and keys as the model made them, and what a
-causal query knows of the buckets is what came before its local window.
+here buckets keep their own sizes, only keys are hashed, which leaves queries and keys as the model made them, and what
+a causal query knows of the buckets is what came before its local window.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hashed:
-    """How keys are hashed: key ``x`` of group ``g`` goes into the bucket ``argmax_c features(x)·table[g, c] + bias[g, c]``.
+    """How keys are hashed: key ``x`` of group ``g`` goes into bucket ``argmax_c features(x)·table[g, c] + bias[g, c]``.
 
     Args:
         table: [G, C, F].

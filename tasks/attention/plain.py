@@ -21,7 +21,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``tasks.attention.kernel.forward``."""
     import torch
 
-    batch, groups, keys, _ = call.key.shape
+    batch, groups = call.key.shape[:2]
     heads, rows = call.query.shape[1:3]
     hashed = call.hashed
     marks = torch.einsum("bglf,gcf->bglc", hashed.features(call.key).float(), hashed.table) + hashed.bias[:, None]

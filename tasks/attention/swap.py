@@ -210,7 +210,8 @@ def plain_mask(
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
+    *,
+    mask_function: Callable[..., Any],
     attention_mask: Tensor | None = None,
     **fields: Any,
 ) -> Tensor | None:
@@ -226,10 +227,8 @@ def plain_mask(
         return None
     if plain and attention_mask is not None and attention_mask.shape[-1] == kv_length:
         return None if bool(attention_mask.all()) else attention_mask.bool()
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **(fields | skips)
-    )
+    fields |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **fields)
 
 
 _WATCHING: list[Callable[[Seen], None]] = []
