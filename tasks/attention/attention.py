@@ -32,8 +32,10 @@ NEVER = 1 << 30
 
 _SALT = 41
 
-CAUSAL_CHUNKS = "is causal, and which keys stand in a chunk of sorted ones depends on later tokens; write method: lsh, which knows "
+CAUSAL_CHUNKS = (
+    "is causal, and which keys stand in a chunk of sorted ones depends on later tokens; write method: lsh, which knows "
     "no later token"
+)
 NO_COMPILER = (
     "this machine has no C++ compiler, so that plain torch computes the buckets, many times slower; install g++ before "
     "relying on the speed"

@@ -58,7 +58,7 @@ def capture(network: nn.Module, modules: Mapping[str, nn.Module], data: Encoded)
     while waiting:
         held: dict[str, list[Seen]] = {}
 
-        def see(seen: Seen, held: dict[str, list[Seen]] = held) -> None:
+        def see(seen: Seen, held: dict[str, list[Seen]] = held, waiting: frozenset[str] = frozenset(waiting)) -> None:
             name = names.get(seen.module)
             full = sum(3 * 4 * call.query.numel() for calls in held.values() for call in calls) > _MOST_BYTES
             if name not in waiting or (full and name not in held):

@@ -43,8 +43,8 @@ class AttentionSpec(StepSpec):
     layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None,
         examples=["[0, 2]"],
-        description="numbers of the attentions to replace, counted from 0 in the order of the model, each of which must "
-        "keep the bound on the error; default: auto, those that do and get faster",
+        description="numbers of the attentions to replace, counted from 0 in the order of the model, each of which "
+        "must keep the bound on the error; default: auto, those that do and get faster",
     )
     probes: int | None = Field(
         default=None,
@@ -69,8 +69,8 @@ class AttentionSpec(StepSpec):
     hash: Literal["angular", "e2lsh", "centroid"] | None = Field(
         default=None,
         examples=["centroid"],
-        description="lsh: centroid takes the nearest of the centres found in calibration, angular the nearest of random "
-        "directions, e2lsh a cell of a random grid; default: centroid",
+        description="lsh: centroid takes the nearest of the centres found in calibration, angular the nearest of "
+        "random directions, e2lsh a cell of a random grid; default: centroid",
     )
     residual: bool | None = Field(
         default=None,
@@ -88,8 +88,8 @@ class AttentionSpec(StepSpec):
         default=None,
         gt=0,
         examples=["2048"],
-        description="keys below which attention is exact; default: the length from which the replacement was measured to "
-        "be faster on this machine",
+        description="keys below which attention is exact; default: the length from which the replacement was measured "
+        "to be faster on this machine",
     )
     error: ErrorSpec | None = Field(
         default=None,
