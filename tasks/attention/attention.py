@@ -41,8 +41,8 @@ NO_COMPILER = (
     "relying on the speed"
 )
 FLEX = (
-    "flex compiles in every process that loads the model, about a minute on a CPU, where it cannot train and nothing is "
-    "gained; it pays on a GPU alone"
+    "flex compiles in every process that loads the model, about a minute on a CPU, where it cannot train and nothing "
+    "is gained; it pays on a GPU alone"
 )
 NO_EXPORT = (
     "a model with replaced attention can be trained, quantized and measured, but not exported: neither LiteRT nor an "

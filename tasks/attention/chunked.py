@@ -25,8 +25,8 @@ def attend_in_chunks(
 
     In each round queries and keys are sorted by angular hash; a chunk of queries meets the ``2 · chunk`` keys about the
     bucket of its middle query, and a pair that meets in several rounds counts once. Departs from the article where it
-    changes the model: queries are not made keys, keys are not normalised; for the hash all keys are made equally long by
-    one more number. Which keys stand in a chunk depends on the whole sequence, so that there is no causal form.
+    changes the model: queries are not made keys, nor keys normalised; for the hash all keys are made equally long
+    by one more number. Which keys stand in a chunk depends on the whole sequence, so that there is no causal form.
 
     Args:
         query: [B, H, Lq, D].
