@@ -245,8 +245,8 @@ def _article(kind: str) -> str:
 
 
 def _listed(kinds: Sequence[Kind]) -> str:
-    names = {"model": "a model", "swapped": "one with replaced attention", "packed": "a packed model"}
-    return " or ".join((names | {"export": "an export"}).get(kind, kind) for kind in kinds)
+    names = {"model": "a model", "packed": "a packed model", "export": "an export"}
+    return " or ".join(names.get(kind, kind) for kind in kinds if kind != "swapped" or "model" not in kinds)
 
 
 def metric_problem(found: Survey, task: str | None, name: str, id: str) -> tuple[str, str] | None:
