@@ -10,6 +10,7 @@ from specs.schema.base import Task
 from specs.schema.steps.attention import FIELDS, SAMPLES, AttentionSpec
 from tasks.attention import breakeven, kernel, swap
 from tasks.attention.calibrate import Choice, capture, choose
+from tasks.attention.lengths import NEVER, at_every_length, by_length
 from tasks.compress.calibrate import outputs, sample
 from tasks.compress.quantize import relative_error
 from tasks.compress.selection import reasons
@@ -26,9 +27,6 @@ BOUND = 0.02
 CHECKED_EXAMPLES = 2
 SHORT = 512
 """Tokens below which no replacement was seen to be faster."""
-
-NEVER = 1 << 30
-"""``min_length`` of a replacement that was not faster at any length measured."""
 
 _SALT = 41
 
@@ -139,11 +137,13 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
     if not made.chosen:
         raise StepError(_nothing(made, spec))
     swap.use(network)
-    forced = _forced(network, lambda: outputs(network, few))
-    properties: dict[str, Any] = {"output_error": relative_error(before, forced)}
-    if spec.recover is not None:
-        properties |= _forced(network, lambda: _recovered(network, model, spec, ctx))
-    lengths = data.lengths()
+    with at_every_length(network):
+        properties: dict[str, Any] = {"output_error": relative_error(before, outputs(network, few))}
+        if spec.recover is not None:
+            properties |= _recovered(network, model, spec, ctx)
+    with ctx.exclusive():
+        properties["by_length"] = by_length(network, data)
+    longest = int(data.lengths().max())
     counted = swap.counts(network)
     after = outputs(network, few)
     counted = {name: count - counted.get(name, 0) for name, count in swap.counts(network).items()}
@@ -153,23 +153,22 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
     for name, content in breakeven.draw(*_lines(made, spec)).items():
         (ctx.out / name).write_bytes(content)
     pays = _pays(made, spec)
-    longest = int(lengths.max())
     if pays > longest:
         made.warnings.append(
-            f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is faster "
-            f"from {pays} on at the earliest: at these lengths the module computes exactly, nothing is gained, and "
-            "what follows measures exact attention"
+            f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is {faster}: "
+            "up to there the module computes exactly, nothing is gained, and what follows measures exact attention"
         )
     worst = max(found.error for found in made.chosen.values())
+    faster = f"faster from {pays} tokens on" if pays < NEVER else "faster at no length measured"
     summary = (
         f"replaced {len(made.chosen)} of {len(modules)} attentions ({spec.method}), error of one at most {worst:.2%}, "
-        f"of the outputs {properties['output_error']:.2%} with all; faster from {pays} tokens on"
+        f"of the outputs {properties['output_error']:.2%} with all; {faster}"
     )
     return StepResult(
         kind="swapped",
         touched=tuple(made.chosen),
         left=made.left,
-        summary=summary + (f"; {reasons(made.left)}" if made.left else ""),
+        summary="; ".join((summary, *_whole(properties["by_length"]), *([reasons(made.left)] if made.left else ()))),
         properties={
             **properties,
             "method": spec.method,
@@ -304,6 +303,14 @@ def _lines(made: _Made, spec: AttentionSpec) -> tuple[dict[str, Mapping[int, flo
     return {"exact (SDPA)": times.exact, spec.method: times.replaced}, [times.break_even] if times.break_even else []
 
 
+def _whole(lengths: list[dict[str, float]]) -> list[str]:
+    """What the whole model gains at the longest of the lengths, for the summary."""
+    return [
+        f"the model at {row['length']} tokens {row['seconds_exact'] / row['seconds_replaced']:.2f}x as fast"
+        for row in lengths[-1:]
+    ]
+
+
 def _record(name: str, made: _Made) -> dict[str, Any]:
     found, times = made.chosen[name], made.times[name]
     settings = {key: value for key, value in found.settings.items() if key not in ("shapes", "limit", "min_length")}
@@ -318,19 +325,6 @@ def _record(name: str, made: _Made) -> dict[str, Any]:
         "seconds_exact": {str(length): value for length, value in times.exact.items()},
         "seconds_replaced": {str(length): value for length, value in times.replaced.items()},
     }
-
-
-def _forced(network: nn.Module, do: Any) -> Any:
-    """``do()`` with the replacement at every length."""
-    layers = swap.swapped(network).values()
-    before = [layer.settings["min_length"] for layer in layers]
-    try:
-        for layer in layers:
-            layer.settings["min_length"] = 0
-        return do()
-    finally:
-        for layer, length in zip(layers, before, strict=True):
-            layer.settings["min_length"] = length
 
 
 def _recovered(network: nn.Module, model: Artifact, spec: AttentionSpec, ctx: StepContext) -> dict[str, Any]:
