@@ -144,22 +144,21 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
     with ctx.exclusive():
         properties["by_length"] = by_length(network, data)
     longest = int(data.lengths().max())
-    counted = swap.counts(network)
     after = outputs(network, few)
-    counted = {name: count - counted.get(name, 0) for name, count in swap.counts(network).items()}
+    counted = swap.counts(network)
     save(network, ctx.out, tokenizer_from=model.path, transforms=[*earlier, swap.entry_of(network)])
     if relative_error(after, outputs(load(ctx.out), few)) != 0:
         raise RuntimeError("the saved model does not compute what the model in memory does")
     for name, content in breakeven.draw(*_lines(made, spec)).items():
         (ctx.out / name).write_bytes(content)
     pays = _pays(made, spec)
+    faster = f"faster from {pays} tokens on" if pays < NEVER else "faster at no length measured"
     if pays > longest:
         made.warnings.append(
-            f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is {faster}: "
-            "up to there the module computes exactly, nothing is gained, and what follows measures exact attention"
+            f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is "
+            f"{faster}: up to there the module computes exactly, nothing is gained, and what follows measures exact attention"
         )
     worst = max(found.error for found in made.chosen.values())
-    faster = f"faster from {pays} tokens on" if pays < NEVER else "faster at no length measured"
     summary = (
         f"replaced {len(made.chosen)} of {len(modules)} attentions ({spec.method}), error of one at most {worst:.2%}, "
         f"of the outputs {properties['output_error']:.2%} with all; {faster}"

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.attention.kernel_forward import FORWARD
 from tasks.attention.kernel_gradient import BACKWARD
-from tasks.attention.kernel_source import COMMON, FORWARD
+from tasks.attention.kernel_source import COMMON
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""The C++ of the gradient of bucketed attention; it stands behind ``tasks.attention.kernel_source``."""
+"""The C++ of the gradient of bucketed attention; it stands behind ``tasks.attention.kernel_forward``."""
 
 BACKWARD = r"""
 // Gradients of one (batch, group); keys and values in the order of buckets.

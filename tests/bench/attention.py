@@ -1,20 +1,19 @@
-"""Time of attention against its length, with the error beside every time, in one run.
+"""Time of attention against its length, the error beside every time, in one run.
 
     python -m tests.bench.attention --work FOLDER [--peers FOLDER] [--model FOLDER --text FILE]
 
-Heads 8, width 64, one sequence, ``--threads`` threads; medians, exact attention (SDPA) and its replacements in turn. The
-data:
+Heads 8, width 64, one sequence, ``--threads`` threads; medians, exact attention (SDPA) and its replacements in turn.
+The data:
 
 - clustered: keys and queries lie about the same centres, as many as there are buckets, which is favourable; the hash is
   fitted on another draw.
-- captured: queries, keys and values of a trained model (``--model``) on a text; the hash is fitted on another part of
-  it. Times the length of the text's part; the attentions of the model are taken in turn.
+- captured: queries, keys and values of a trained decoder (``--model``) on a text; the hash is fitted on the next part.
 - gaussian: nothing is near anything. The audit must find that out and compute exactly.
 
-``lsh`` looks into as few buckets as keep the bound of the table (``--bound``), else into the most tried. With ``--peers``,
-a folder made by ``pip install --no-deps --target FOLDER reformer-pytorch axial-positional-embedding
-product-key-memory local-attention einops hyper-connections colt5-attention``, its LSH attention is timed too; queries are
-its keys, so that its error is that against exact attention of the same kind. Prints tables in Markdown and draws
+``lsh`` looks into as few buckets as keep the bound of the table (``--bound``), else into the most tried. With
+``--peers``, a folder made by ``pip install --no-deps --target FOLDER reformer-pytorch axial-positional-embedding
+product-key-memory local-attention einops hyper-connections colt5-attention``, its LSH attention is timed too; queries
+are its keys, so that its error is that against exact attention of the same kind. Prints tables in Markdown and draws
 ``attention.svg`` into ``--work``.
 """
 
