@@ -1,5 +1,5 @@
-"""The C++ that bucketed attention rests on, as text: it is compiled on the machine where it runs (``tasks.attention.kernel``), and
-being a Python module it joins the keys of the steps that use it."""
+"""The C++ that bucketed attention rests on, as text: it is compiled on the machine where it runs
+(``tasks.attention.kernel``), and being a Python module it joins the keys of the steps that use it."""
 
 COMMON = r"""
 #include <algorithm>
