@@ -156,7 +156,8 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
     if pays > longest:
         made.warnings.append(
             f"the longest of the {len(data)} training examples has {longest} tokens, and replaced attention is "
-            f"{faster}: up to there the module computes exactly, nothing is gained, and what follows measures exact attention"
+            f"{faster}: up to there the module computes exactly, nothing is gained, and what follows measures exact "
+            "attention"
         )
     worst = max(found.error for found in made.chosen.values())
     summary = (

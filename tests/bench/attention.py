@@ -162,7 +162,7 @@ def _peer(given: Given, causal: bool, hashes: int) -> Tensor:
 
 
 def _shared(given: Given, causal: bool) -> Tensor:
-    """Exact attention in which queries, made equally long, are the keys and no token sees itself but where it is alone."""
+    """Exact attention whose keys are the queries, made equally long; a token sees itself only where it is alone."""
     key = torch.nn.functional.normalize(given.query, dim=-1)
     outs = []
     for head in range(HEADS):
