@@ -13,6 +13,7 @@ a causal query knows of the buckets is what came before its local window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.attention import kernel
@@ -100,6 +101,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     return out.to(call.query.dtype), lse
 
 
+@cache
 def _function() -> Any:
     import torch
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.attention.lsh import Call, Hashed
@@ -111,6 +112,7 @@ def obstacle_of(module: nn.Module) -> str | None:
     return None
 
 
+@cache
 def layer_class() -> type[nn.Module]:
     """The class of what is put into an attention module; late, for it is a torch module."""
     import torch

@@ -83,9 +83,10 @@ def test_a_model_whose_queries_look_into_every_bucket_computes_what_it_did(kind,
         before, after = (logits[given["attention_mask"].bool()] for logits in (before, after))
     assert torch.allclose(before, after, atol=1e-4)
     assert swap.counts(model) == {"lsh": 2}
-    with torch.no_grad():
-        other = _swap(tiny.network(kind), probes=1)(**given).logits
-    assert not torch.allclose(before, other if kind == "bert" or padded == "none" else before + 1, atol=1e-6)
+    if padded == "none":
+        with torch.no_grad():
+            fewer = _swap(tiny.network(kind), probes=1)(**given).logits
+        assert not torch.allclose(before, fewer, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["marian", "whisper", "wav2vec2"])
@@ -103,8 +104,7 @@ def test_encoders_cross_attention_and_decoders_are_replaced(kind):
                 "decoder_input_ids": _tokens() % 32,
             }
         before = model(**given).logits
-        # Queries of a decoder stand at other places than the keys of the encoder: no window is near.
-        after = _swap(model, window=8 if kind == "wav2vec2" else 24)(**given).logits
+        after = _swap(model)(**given).logits
     assert torch.allclose(before, after, atol=1e-4)
     assert swap.counts(model) == {"lsh": 2 if kind == "wav2vec2" else 6}
 
@@ -132,10 +132,9 @@ def test_what_buckets_cannot_honour_is_exact_and_counted():
     tokens = _tokens()
     packed = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
     plain, model = tiny.network("llama"), _swap(tiny.network("llama"), probes=1)
+    given = {"input_ids": tokens, "position_ids": packed, "use_cache": False}
     with torch.no_grad():
-        assert torch.allclose(
-            plain(tokens, position_ids=packed).logits, model(tokens, position_ids=packed).logits, atol=1e-5
-        )
+        assert torch.allclose(plain(**given).logits, model(**given).logits, atol=1e-5)
     assert swap.counts(model) == {"exact: a mask of its own": 2}
     made = [
         network.generate(tokens, max_new_tokens=4, do_sample=False, cache_implementation="static", pad_token_id=0)
