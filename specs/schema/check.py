@@ -198,7 +198,8 @@ def _kinds(step: Outline, task: str | None, found: Survey) -> None:
         if kind is not None and kind not in takes:
             text = f"{step.uses} takes {_listed(takes)}, and {id!r} gives {_article(kind)}"
             found.problems.append(Problem((*path, *_input_path(step, id)), text, _way_out(takes, id, found)))
-    kind = makes[0] if len(makes) == 1 else None
+    sure = _without_swapped(makes)
+    kind = sure[0] if len(sure) == 1 else None
     if step.spec is not None and kinds and len(known) == len(kinds):
         try:
             kind = step.spec.gives(known)
@@ -246,7 +247,12 @@ def _article(kind: str) -> str:
 
 def _listed(kinds: Sequence[Kind]) -> str:
     names = {"model": "a model", "packed": "a packed model", "export": "an export"}
-    return " or ".join(names.get(kind, kind) for kind in kinds if kind != "swapped" or "model" not in kinds)
+    return " or ".join(names.get(kind, kind) for kind in _without_swapped(kinds))
+
+
+def _without_swapped(kinds: Sequence[Kind]) -> list[Kind]:
+    """A model with replaced attention is a model where that goes too."""
+    return [kind for kind in kinds if kind != "swapped" or "model" not in kinds]
 
 
 def metric_problem(found: Survey, task: str | None, name: str, id: str) -> tuple[str, str] | None:

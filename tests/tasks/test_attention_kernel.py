@@ -253,7 +253,7 @@ def test_every_family_uses_its_buckets_and_follows_the_seed(family):
     for group in range(2):  # what is close falls into one bucket, mostly
         alike = [together[group][near[group] == c].mode().values for c in range(8)]
         share = sum(float((together[group][near[group] == c] == alike[c]).float().mean()) for c in range(8)) / 8
-        assert share > 0.7
+        assert share > 0.5
 
 
 def test_what_is_clustered_is_met_with_few_probes_and_what_is_not_is_not():
