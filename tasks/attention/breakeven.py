@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tasks.attention.swap import LAYER, Seen, run
+from tasks.evaluate.picture import files_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,6 @@ def _timed(call: Any) -> float:
 
 
 def _drawn(seen: Seen, length: int, generator: torch.Generator) -> Seen:
-    from dataclasses import replace
-
     import torch
 
     def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,9 +99,4 @@ def draw(times: Mapping[str, Mapping[int, float]], marks: Sequence[int] = ()) ->
         axes.minorticks_off()
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(fontsize=8)
-        svg, png = io.BytesIO(), io.BytesIO()
-        nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", metadata=nothing)
-        software: Any = {"Software": None}
-        figure.savefig(png, format="png", dpi=130, metadata=software)
-    return {"attention.svg": svg.getvalue(), "attention.png": png.getvalue()}
+        return files_of(figure, "attention")
