@@ -77,31 +77,43 @@ def capture(network: nn.Module, modules: Mapping[str, nn.Module], data: Encoded)
 
 
 def judge(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], calls: Sequence[Seen]) -> Choice:
-    """Measure a replacement on what an attention was given."""
-    import torch
-    from torch import nn
-
-    module = nn.Module()
-    put(module, settings, tensors)
-    layer: Any = module.attention_swap
-    off, whole, captured = 0.0, 0.0, []
+    """Measure a replacement on what an attention was given, all but what it captures."""
+    layer = _layer(settings, tensors)
+    off, whole = 0.0, 0.0
     for seen in calls:
         exact = seen.exact().float()
         far = run(layer, seen).float() - exact
         if seen.mask is not None and seen.mask.shape[-1] == exact.shape[1]:
             far, exact = (tensor * seen.mask[:, :, None, None] for tensor in (far, exact))
         off, whole = (total + part.pow(2).sum((0, 1, 3)) for total, part in ((off, far), (whole, exact)))
-        if settings["method"] != "reformer":
-            captured.append(_captured(layer, seen))
     heads = (off / whole.clamp_min(1e-30)).sqrt()  # type: ignore[union-attr]
     return Choice(
         {**settings, "shapes": layer.settings["shapes"]},
         tensors,
         float((off.sum() / whole.sum().clamp_min(1e-30)).sqrt()),  # type: ignore[union-attr]
         tuple(round(float(value), 6) for value in heads),
-        tuple(round(float(value), 4) for value in torch.stack(captured).mean(0)) if captured else None,
+        None,
         work(settings, tensors, calls),
     )
+
+
+def _layer(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    from torch import nn
+
+    module = nn.Module()
+    put(module, settings, tensors)
+    return module.attention_swap
+
+
+def with_captured(found: Choice, calls: Sequence[Seen]) -> Choice:
+    """``found`` with what it captures, where that can be counted."""
+    import torch
+
+    if found.settings["method"] == "reformer":
+        return found
+    layer = _layer({name: value for name, value in found.settings.items() if name != "shapes"}, found.tensors)
+    shares = torch.stack([_captured(layer, seen) for seen in calls]).mean(0)
+    return replace(found, captured=tuple(round(float(share), 4) for share in shares))
 
 
 def _captured(layer: Any, seen: Seen, rows: int = 64) -> Tensor:
@@ -219,7 +231,7 @@ def choose(spec: AttentionSpec, calls: Sequence[Seen], bound: float, generator: 
                 best = found
             if found.error <= bound:
                 break
-    return best
+    return best if best is None else with_captured(best, judged)
 
 
 def _better(one: Choice, other: Choice, bound: float) -> bool:

@@ -20,7 +20,9 @@ are its keys, so that its error is that against exact attention of the same kind
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -198,6 +200,51 @@ def audited(length: int, buckets: int) -> str:
     )
 
 
+def training_peak(way: str, length: int) -> None:
+    """Print by how many MB a forward and a backward pass of causal attention raise the memory of this process."""
+    buckets = 64
+    given = clustered(length, buckets)
+    query, key, value = (tensor.requires_grad_() for tensor in (given.query, given.key, given.value))
+    hashed = fit("centroid", given.others.detach(), buckets, torch.Generator().manual_seed(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.enable_grad():
+        if way == "lsh":
+            call = Call(query, key, value, hashed, window=128, causal=True, scale=WIDTH**-0.5)
+            out = attend(call)[0]
+        else:
+            scores = (query @ key.transpose(2, 3) * WIDTH**-0.5).masked_fill(
+                torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
+            )
+            out = scores.softmax(-1) @ value
+        out.sum().backward()
+    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def memory(lengths: Sequence[int]) -> str:
+    """A table of ``training_peak``, each in a process of its own; exact attention by its definition up to 4096."""
+    lines = ["| length | lsh | exact, all scores kept |", "| --- | --- | --- |"]
+    for length in lengths:
+        cells = []
+        for way in ("lsh", "exact"):
+            if way == "exact" and length > 4096:
+                cells.append("")
+                continue
+            command = [
+                sys.executable,
+                "-m",
+                "tests.bench.attention",
+                "--work",
+                ".",
+                "--peak",
+                way,
+                "--lengths",
+                str(length),
+            ]
+            cells.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() + " MB")
+        lines.append(f"| {length} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(found: Sequence[Row]) -> str:
     """The rows in Markdown."""
     lines = ["| length | method | a call | against SDPA | error |", "| --- | --- | --- | --- | --- |"]
@@ -219,8 +266,12 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--peak", choices=["lsh", "exact"], help="for a process that ``memory`` starts")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.peak is not None:
+        training_peak(given.peak, given.lengths[0])
+        return
     torch.set_grad_enabled(False)
     if given.peers is not None:
         sys.path.insert(0, str(given.peers))
@@ -239,6 +290,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for length in given.lengths[:3]:
         print(audited(length, 64), flush=True)
+    print(f"\nmemory of a training step\n\n{memory(given.lengths)}", flush=True)
     if given.model is not None:
         for length in given.lengths:
             taken = captured(given.model, given.text, length)

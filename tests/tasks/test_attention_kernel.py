@@ -232,7 +232,7 @@ def test_a_causal_attention_without_a_window_is_refused():
 
 
 def test_threads_do_not_change_the_result():
-    call = _call(rows=200, keys=200, probes=2, window=16, causal=True)
+    call = _call(batch=1, groups=1, rows=200, keys=200, probes=2, window=16, causal=True)
     one = attend(call)[0]
     torch.set_num_threads(2)
     assert torch.equal(attend(call)[0], one)
