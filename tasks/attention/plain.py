@@ -35,10 +35,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for b in range(batch):
         for g in range(groups):
             mine = slice(g * per, (g + 1) * per)
-            given = (call.query[b, mine], call.key[b, g], call.value[b, g])
-            made, mass = _piece(
-                call, g, *(tensor.float() for tensor in given), code[b, g], probe[b, mine], chosen=False
-            )
+            query, key, value = (part.float() for part in (call.query[b, mine], call.key[b, g], call.value[b, g]))
+            made, mass = _piece(call, g, query, key, value, code[b, g], probe[b, mine], chosen=False)
             out[b, :, mine], lse[b, mine] = made.transpose(0, 1), mass
     return out, lse, code, probe
 

@@ -281,7 +281,9 @@ def main() -> None:
         for length in given.lengths:
             buckets = max(64, round(64 * (length / 4096) ** 0.5 / 16) * 16)
             bound = given.causal_bound if causal else given.bound
-            found += rows(clustered(length, buckets), causal, buckets, bound, given.peers is not None, given.repeats)
+            part = rows(clustered(length, buckets), causal, buckets, bound, given.peers is not None, given.repeats)
+            print(table(part), file=sys.stderr, flush=True)
+            found += part
         print(f"\nclustered, {'causal' if causal else 'not causal'}\n\n{table(found)}", flush=True)
         for row in found:
             name = f"{row.method.split(',')[0]}{', causal' if causal else ''}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,7 +40,7 @@ class AttentionSpec(StepSpec):
 
     uses: Literal["attention"]
     method: AttentionMethod = Field(default="lsh", description="which attention takes the place of the exact one")
-    layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    layers: Literal["auto"] | tuple[int, ...] | None = Field(
         default=None,
         examples=["[0, 2]"],
         description="numbers of the attentions to replace, counted from 0 in the order of the model, each of which "
@@ -135,6 +135,8 @@ class AttentionSpec(StepSpec):
                 "probes",
                 f"there are {self.buckets} buckets to look into, and not {self.probes}; write a smaller number",
             )
+        if isinstance(self.layers, tuple) and min(self.layers, default=0) < 0:
+            raise FieldError("layers", "attentions are counted from 0; write for example [0, 2]")
         if self.layers == ():
             raise FieldError("layers", "names no attention; write layers: auto, or for example [0, 2]")
         return self
