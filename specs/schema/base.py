@@ -9,9 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from specs.schema.units import Duration
 
-Kind = Literal["model", "packed", "export", "report", "data"]
-"""What an artifact is. ``packed`` is a torch model whose weights are packed integers: it runs, but it can be neither
-trained nor exported."""
+Kind = Literal["model", "swapped", "packed", "export", "report", "data"]
+"""What an artifact is. ``swapped`` is a torch model whose attention no standard configuration can say: it runs and can
+be trained, but it can neither be exported nor lose parts. ``packed`` is one whose weights are packed integers: it runs,
+but it can be neither trained nor exported."""
 
 Task = Literal["text-generation", "text-classification", "translation", "speech-recognition"]
 

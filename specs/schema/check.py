@@ -198,7 +198,8 @@ def _kinds(step: Outline, task: str | None, found: Survey) -> None:
         if kind is not None and kind not in takes:
             text = f"{step.uses} takes {_listed(takes)}, and {id!r} gives {_article(kind)}"
             found.problems.append(Problem((*path, *_input_path(step, id)), text, _way_out(takes, id, found)))
-    kind = makes[0] if len(makes) == 1 else None
+    sure = _without_swapped(makes)
+    kind = sure[0] if len(sure) == 1 else None
     if step.spec is not None and kinds and len(known) == len(kinds):
         try:
             kind = step.spec.gives(known)
@@ -236,6 +237,7 @@ def _way_out(takes: Sequence[Kind], id: str, found: Survey) -> str:
 def _article(kind: str) -> str:
     return {
         "model": "a model",
+        "swapped": "a model with replaced attention (its sorting and gathering can neither be exported nor pruned)",
         "packed": "a packed model (it runs, but can be neither trained nor exported)",
         "export": "an export (a file for a device, which cannot be changed)",
         "report": "a report",
@@ -244,7 +246,13 @@ def _article(kind: str) -> str:
 
 
 def _listed(kinds: Sequence[Kind]) -> str:
-    return " or ".join({"model": "a model", "packed": "a packed model", "export": "an export"}.get(k, k) for k in kinds)
+    names = {"model": "a model", "packed": "a packed model", "export": "an export"}
+    return " or ".join(names.get(kind, kind) for kind in _without_swapped(kinds))
+
+
+def _without_swapped(kinds: Sequence[Kind]) -> list[Kind]:
+    """A model with replaced attention is a model where that goes too."""
+    return [kind for kind in kinds if kind != "swapped" or "model" not in kinds]
 
 
 def metric_problem(found: Survey, task: str | None, name: str, id: str) -> tuple[str, str] | None:

@@ -93,7 +93,7 @@ def quantize(model: Artifact, *, spec: QuantizeSpec, ctx: StepContext) -> StepRe
     if left:
         summary += f"; {reasons(left)}"
     return StepResult(
-        kind="model" if spec.halves else "packed",
+        kind=model.kind if spec.halves else "packed",
         touched=touched,
         left=left,
         summary=f"{summary}; weights {sizes[0] / 1e6:.3g} -> {sizes[1] / 1e6:.3g} MB, output error {error:.2%}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from tasks.compress.bits import choose
 from tasks.compress.calibrate import outputs
 from tasks.compress.selection import Selection, rows_of
 from tasks.context import StepError
+from tasks.evaluate.picture import files_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,12 +118,7 @@ def draw(sensitivity: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]
         axes.grid(alpha=0.25, linewidth=0.6)
         for handle in axes.legend(loc="lower right", fontsize=8).legend_handles:
             handle.set_facecolor(handle.get_edgecolor())
-        svg, png = io.BytesIO(), io.BytesIO()
-        nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", metadata=nothing)
-        software: Any = {"Software": None}
-        figure.savefig(png, format="png", dpi=130, metadata=software)
-    return {"sensitivity.svg": svg.getvalue(), "sensitivity.png": png.getvalue()}
+        return files_of(figure, "sensitivity")
 
 
 def table(sensitivity: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]) -> Sequence[dict[str, Any]]:

@@ -116,7 +116,7 @@ def _ought(metric: Metric, evaluation: Evaluation) -> bool:
     kind = evaluation.record.get("kind")
     applies = {
         "any": True,
-        "model": kind in ("model", "packed"),
+        "model": kind in ("model", "swapped", "packed"),
         "derived": kind in ("packed", "export"),
         "npu": bool(evaluation.record.get("npu")),
     }

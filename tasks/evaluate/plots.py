@@ -17,6 +17,7 @@ AXES = {"quality_size": "size", "quality_latency": "latency_p50"}
 
 _KINDS = {
     "model": ("#3b6fd4", "o", "torch"),
+    "swapped": ("#b5541c", "^", "torch, other attention"),
     "packed": ("#7a4fc9", "s", "torch, packed"),
     "export": ("#0f8f6f", "D", "exported file"),
 }

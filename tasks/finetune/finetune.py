@@ -24,6 +24,7 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
         StepError: the data does not fit the model, or the training diverged; see ``tasks.finetune.loop.train``.
     """
     from tasks.models import load, save
+    from tasks.models.transforms import read_extras
 
     network = load(model.path, ctx.device)
     ctx.note("encoding the training data")
@@ -31,9 +32,9 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
     ctx.note("training")
     trained = train(network, data, spec, ctx)
     network.to("cpu")
-    save(network, ctx.out, tokenizer_from=model.path)
+    save(network, ctx.out, tokenizer_from=model.path, transforms=read_extras(model.path).transforms)
     return StepResult(
-        kind="model",
+        kind=model.kind,
         touched=tuple(name for name, parameter in network.named_parameters() if parameter.requires_grad),
         left={name: "frozen" for name, parameter in network.named_parameters() if not parameter.requires_grad},
         summary=summary(trained),

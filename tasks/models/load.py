@@ -12,7 +12,7 @@ from specs.schema.base import TASKS
 from tasks.context import StepError
 from tasks.models.applications import auto_for, task_of
 from tasks.models.features import FILE as FEATURES
-from tasks.models.transforms import Extras, read_extras, replay, write_extras
+from tasks.models.transforms import Extras, read_extras, replay, trainable, write_extras
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,11 +77,7 @@ def load(path: Path, device: str = "cpu") -> nn.Module:
             f"{path}: {len(missing)} weights that config.json asks for are not in the file, first {missing[0]}; "
             "the folder is incomplete or belongs to another model"
         )
-    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    for name, parameter in model.named_parameters():
-        if name in computed:  # never stored, such as Marian's sines
-            parameter.requires_grad_(False)
-    return model.eval().to(device)
+    return _settled(model).eval().to(device)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -250,7 +246,18 @@ def _load_transformed(path: Path, config: PretrainedConfig, auto: Any, extras: E
         raise StepError(f"{path}: the weights do not fit the recorded transforms: {_first_line(error)}") from error
     if (path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return model.requires_grad_(False)
+    if not trainable(extras):
+        return model.requires_grad_(False)
+    return _settled(model.float())
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """``model`` with what it computes itself, such as Marian's sines, kept from training."""
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name in computed:
+            parameter.requires_grad_(False)
+    return model
 
 
 def _save_state(model: nn.Module, out: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ Transform = Callable[["nn.Module", Mapping[str, Any]], None]
 file, and every tensor of the changed model must be there."""
 
 _TRANSFORMS: dict[str, Transform] = {}
+_TRAINS: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ class Extras:
         return bool(self.transforms or self.aliases or self.compute_dtype)
 
 
-def transform(name: str) -> Callable[[Transform], Transform]:
-    """Register the decorated function as the replay of transforms called ``name``."""
+def transform(name: str, *, trains: bool = False) -> Callable[[Transform], Transform]:
+    """Register the decorated function as the replay of transforms called ``name``; ``trains`` where the weights of the
+    changed model can be trained."""
 
     def register(function: Transform) -> Transform:
         _TRANSFORMS[name] = function
+        if trains:
+            _TRAINS.add(name)
         return function
 
     return register
@@ -70,6 +74,11 @@ def replay(model: nn.Module, extras: Extras) -> None:
                 f"{nearest(name, sorted(_TRANSFORMS))}"
             )
         _TRANSFORMS[name](model, entry)
+
+
+def trainable(extras: Extras) -> bool:
+    """Whether a model on which ``replay`` was done can be trained."""
+    return all(entry["name"] in _TRAINS for entry in extras.transforms)
 
 
 def _import_all() -> None:

@@ -25,7 +25,7 @@ CHAMPION = "champion"
 AGAIN = "run the spec again, which registers it anew"
 """The remedy where a registration failed; what was made before comes from the cache."""
 
-KINDS = ("model", "packed", "export")
+KINDS = ("model", "swapped", "packed", "export")
 
 EXTERNAL = "mlflow.model.isExternal"
 """MLflow's own tag for a model whose files lie elsewhere, here in the artifact store."""

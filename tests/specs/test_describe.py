@@ -43,7 +43,10 @@ def test_fields_in_plain_words() -> None:
     training = {field.name: field.default for field in describe("finetune").fields}
     assert (training["warmup"], training["validation"], training["save_every"]) == ("10%", "5%", "30 s")
     assert (training["batch_size"], training["weight_decay"], training["evaluate"]) == ("32", "0.01", "true")
-    assert (describe("quantize").takes, describe("quantize").gives) == ("model", "packed or model")
+    assert (describe("quantize").takes, describe("quantize").gives) == (
+        "model or swapped",
+        "packed or model or swapped",
+    )
     assert "from" in {field.name for field in describe("select").fields}
 
 

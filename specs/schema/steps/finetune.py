@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from specs.schema.base import RUNTIME_BYTES, SpecModel, StepSpec, Task
+from specs.schema.base import RUNTIME_BYTES, Kind, SpecModel, StepSpec, Task
 from specs.schema.units import Duration, Share
 
 
@@ -83,7 +83,13 @@ class FinetuneSpec(StepSpec, TrainingSpec):
     device has it, validation on held-out training data, early stopping, and the best checkpoint kept. A killed run
     continues from its last checkpoint and ends with the same weights."""
 
+    takes: ClassVar[tuple[Kind, ...]] = ("model", "swapped")
+    makes: ClassVar[tuple[Kind, ...]] = ("model", "swapped")
+
     uses: Literal["finetune"]
+
+    def gives(self, taken: tuple[Kind, ...]) -> Kind:
+        return taken[0]
 
     def estimate(self, model: int) -> tuple[int, int]:
         # Beside the artifact a checkpoint with AdamW's two moments; in memory weights, gradients and moments.

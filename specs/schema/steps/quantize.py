@@ -44,7 +44,8 @@ class QuantizeSpec(StepSpec):
     in float32 on a CPU, as ``fp16`` and ``bf16`` do. Tied embeddings stay tied. With ``train`` the model learns to live
     with the rounding first."""
 
-    makes: ClassVar[tuple[Kind, ...]] = ("packed", "model")
+    takes: ClassVar[tuple[Kind, ...]] = ("model", "swapped")
+    makes: ClassVar[tuple[Kind, ...]] = ("packed", "model", "swapped")
 
     uses: Literal["quantize"]
     precision: Precision | None = Field(
@@ -151,7 +152,7 @@ class QuantizeSpec(StepSpec):
         return None if self.group_size == "per-row" else self.group_size
 
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
-        return "model" if self.halves else "packed"
+        return taken[0] if self.halves else "packed"
 
     def estimate(self, model: int) -> tuple[int, int]:
         share = {"fp16": 2, "bf16": 2, "int4": 7, "mixed": 4}.get(self.stored, 4)

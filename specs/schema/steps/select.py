@@ -17,8 +17,8 @@ class SelectSpec(StepSpec):
     that is fastest on this machine among the correct ones: minimise: latency_p50, with a gate on parity_error. What
     each measured is kept in the artifact's properties and shown in the report."""
 
-    takes: ClassVar[tuple[Kind, ...]] = ("model", "packed", "export")
-    makes: ClassVar[tuple[Kind, ...]] = ("model", "packed", "export")
+    takes: ClassVar[tuple[Kind, ...]] = ("model", "swapped", "packed", "export")
+    makes: ClassVar[tuple[Kind, ...]] = ("model", "swapped", "packed", "export")
     heavy: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     names_steps: ClassVar[tuple[str, ...]] = ("from",)
@@ -47,7 +47,7 @@ class SelectSpec(StepSpec):
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
         kinds = set(taken)
         # What can be done with any of them can be done with the one that least can be done with.
-        return next(kind for kind in ("export", "packed", "model") if kind in kinds)
+        return next(kind for kind in ("export", "packed", "swapped", "model") if kind in kinds)
 
     def measurable(self, kind: Kind, taken: tuple[frozenset[str], ...]) -> frozenset[str]:
         return frozenset.intersection(*taken) if taken else frozenset()

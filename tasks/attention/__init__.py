@@ -1,0 +1,1 @@
+"""Attention that costs less than the square of the length."""
