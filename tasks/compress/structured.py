@@ -89,6 +89,7 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     from tasks.models.check import weights_in
 
     network = load(model.path, ctx.device)
+    from tasks.models.layout import check_finite
     check_finite(network)
     way = _WAYS[spec.method](network, spec)
     keep = spec.keep
@@ -138,17 +139,6 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
         },
         warnings=tuple(warnings),
     )
-
-
-def check_finite(network: nn.Module) -> None:
-    """Refuse weights that are not numbers: no importance could be told from them.
-
-    Raises:
-        StepError: one is not.
-    """
-    for name, parameter in network.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise StepError(f"{name} holds weights that are not finite; take a model from before the training broke")
 
 
 def recover(
