@@ -16,6 +16,8 @@ from tasks.compress.teach import Comparison, Inside, Teaching, add_projections, 
 from tasks.compress.written import own_batches
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step
+from tasks.models.applications import family_of
+from tasks.models.layout import check_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +41,22 @@ def look(spec: DistillSpec, config: Mapping[str, Any], task: Task, max_length: i
         problems += _too_large(spec.student, config)
     return problems, []
 
+    problems += _cannot_write(spec, config)
 
 def _too_large(student: StudentSpec, config: Mapping[str, Any]) -> list[str]:
     """Sizes above those of the model that comes in, which no teacher made from it has."""
+def _cannot_write(spec: DistillSpec, config: Any) -> list[str]:
+    """What is asked of a model that writes, where none does."""
+    asked = [name for name, is_so in (("data", spec.data != "training"), ("on_policy", spec.on_policy)) if is_so]
+    if family_of(config) != "ctc":
+        return []
+    return [
+        f"{name}: a model of CTC names each frame by itself and writes nothing that it could learn from; leave {name} "
+        "out"
+        for name in asked
+    ]
+
+
     from tasks.models.patterns import PATTERNS
 
     pattern = PATTERNS.get(config["model_type"])
@@ -76,7 +91,11 @@ def distill(*models: Artifact, spec: DistillSpec, ctx: StepContext) -> StepResul
     teacher = load(folder, ctx.device)
     student = _student(models, teacher, spec, ctx)
     data = finetune.training_data(student.network, student.artifact, ctx)
+    check_finite(teacher)
+    for problem in _cannot_write(spec, teacher.config):
+        raise StepError(problem)
     match(student.network, teacher, student.artifact.path, folder, data, ctx)
+    check_finite(student.network)
     about = identity(folder)
     taught = lessons(data, teacher, about, student.artifact.path, spec, ctx)
     inside = plan_inside(
@@ -169,7 +188,6 @@ def _comparison(student: nn.Module, teacher: nn.Module, data: Any, spec: Distill
     import torch
 
     from tasks.finetune.objective import weights_of_classes
-    from tasks.models import family_of
 
     order = label_order(student, teacher) if ctx.task == "text-classification" else None
     return Comparison(
