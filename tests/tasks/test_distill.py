@@ -412,9 +412,9 @@ def test_pairs_that_do_not_go_together(tmp_path, made):
     three = tiny_model(tmp_path / "three", "bert", "text-classification", labels=3)
     with pytest.raises(StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, "):
         _run(tmp_path / "a", made, "bert", taught=three)
-    strange = tiny_model(tmp_path / "strange", "bert", "text-classification", vocab_size=300)
+    strange = tiny_model(tmp_path / "strange", "llama", "text-generation", vocab_size=300)
     with pytest.raises(StepError, match=r"vocabulary \(300 tokens\) is not the teacher's \(320.*instead of needs"):
-        _run(tmp_path / "b", made, "bert", taught=strange)
+        _run(tmp_path / "b", made, "llama", taught=strange)
     writes = tiny_model(tmp_path / "writes", "llama", "text-generation")
     with pytest.raises(StepError, match="the student does text-generation and the teacher text-classification"):
         _run(tmp_path / "c", made, "bert", taught=writes)
