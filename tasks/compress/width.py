@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 PARTS: tuple[Part, ...] = ("heads", "ffn", "hidden")
 
+STREAM = "hidden"
+"""The name of the axis of the numbers between the blocks."""
+
 _MIRRORS = ("output_hidden_size",)
 """Fields that hold the hidden size a second time."""
 
@@ -250,7 +253,7 @@ def _hidden_axes(model: nn.Module, anatomy: Anatomy, space: Room, claimed: set[t
     names += [norm for block in anatomy.blocks for part in (*block.attentions, block.ffn) for norm in part.norms]
     sources = [Source(name, "output") for name in names if (f"{name}.weight", 0) in shrinking]
     groups = lcm(1, *(module.groups for module in convolutions.values() if isinstance(module, nn.Conv1d)))
-    yield Axis("hidden", "hidden", width, tuple(places), tuple(sources), groups)
+    yield Axis(STREAM, "hidden", width, tuple(places), tuple(sources), groups)
 
 
 def _grouped_weight(name: str, convolutions: Mapping[str, Any]) -> str | None:
