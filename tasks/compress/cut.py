@@ -158,6 +158,8 @@ def rebuild(model: nn.Module, config: Any, state: Mapping[str, Tensor], untied: 
             setattr(built.get_submodule(owner), parameter, rest.pop(name).clone())
             own = built.state_dict()
             rest |= {other: own[other] for other in own if other.startswith(_computed(name))}
+    own = built.state_dict()  # of what the class computes by itself the new sizes have their own
+    rest |= {name: own[name] for name in getattr(built, "_keys_to_ignore_on_save", None) or () if name in own}
     built.load_state_dict(rest, strict=True)
     if set(tied_weights(built)) != set(tied_weights(model)) - set(untied):
         raise RuntimeError(f"the cut {config.model_type} model ties other weights than the whole one")
