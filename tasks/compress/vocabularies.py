@@ -76,7 +76,7 @@ def align(student: Path, teacher: Path, data: Encoded, spec: DistillSpec, ctx: S
     reads, writes = found.get("core"), found.get("writes")
     read = encode(ctx.data, "train", ctx.task, teacher, ctx.store)
     sides = (("input_ids", "attention_mask", reads), ("target_ids", "target_mask", writes))
-    if not all(_same(data, read, *side) for side in sides):
+    if not all(_same(data, read, ids, mask, table) for ids, mask, table in sides):
         raise StepError(
             f"{differs}, and they cut the training data into different tokens, so that no token of the one is one of "
             f"the other; {_REMEDY}"

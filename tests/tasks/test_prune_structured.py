@@ -459,7 +459,7 @@ def test_the_step_keeps_as_much_as_a_time_allows(monkeypatch, tmp_path, llama, t
 def test_a_time_that_cannot_be_met_leaves_nothing(monkeypatch, tmp_path, llama, text_data):
     monkeypatch.setattr(search, "_seconds", lambda network, given, ctx: parameters(network) * 1e-9)
     ctx = context(tmp_path, "text-generation", text_data)
-    with pytest.raises(StepError, match=r"keep: 1us: the smallest shape .* takes .* ms; write more"):
+    with pytest.raises(StepError, match=r"keep: 1 us: the smallest shape .* takes .* ms; write more"):
         prune(as_artifact(llama), spec=spec(keep="1 us", calibration_examples=4), ctx=ctx)
     assert list(ctx.out.iterdir()) == []
 
