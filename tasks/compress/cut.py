@@ -136,11 +136,14 @@ def state_of(model: nn.Module, named: Iterable[str] = ()) -> dict[str, Tensor]:
     return state
 
 
-def rebuild(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
+def rebuild(model: nn.Module, config: Any, state: Mapping[str, Tensor], untied: Iterable[str] = ()) -> nn.Module:
     """A model of the same class as ``config`` describes it, with the tensors ``state``, in eval mode.
 
+    Args:
+        untied: tensors that were tied to others and are no more.
+
     Raises:
-        RuntimeError: they do not fit, or what was tied is tied no more.
+        RuntimeError: they do not fit, or what else was tied is tied no more.
     """
     import torch
 
@@ -155,8 +158,10 @@ def rebuild(model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> nn.Mo
             setattr(built.get_submodule(owner), parameter, rest.pop(name).clone())
             own = built.state_dict()
             rest |= {other: own[other] for other in own if other.startswith(_computed(name))}
+    own = built.state_dict()  # of what the class computes by itself the new sizes have their own
+    rest |= {name: own[name] for name in getattr(built, "_keys_to_ignore_on_save", None) or () if name in own}
     built.load_state_dict(rest, strict=True)
-    if set(tied_weights(built)) != set(tied_weights(model)):
+    if set(tied_weights(built)) != set(tied_weights(model)) - set(untied):
         raise RuntimeError(f"the cut {config.model_type} model ties other weights than the whole one")
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)

@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any
 from specs.schema.base import Task
 from specs.schema.steps.distill import DistillSpec, StudentSpec
 from tasks.compress import heard, teach
-from tasks.compress.fit import label_order, match, student_config
+from tasks.compress.fit import alike, label_order, match, student_config
 from tasks.compress.kept import Kept, identity
 from tasks.compress.lessons import Lessons, lessons
 from tasks.compress.teach import Comparison, Inside, Teaching, add_projections, plan_inside, remove_projections
+from tasks.compress.vocabularies import Aligned, align
 from tasks.compress.written import own_batches
 from tasks.context import Artifact, StepContext, StepError, StepResult
+from tasks.models.applications import family_of
+from tasks.models.layout import check_finite
 from tasks.registry import step
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from tasks.data.encoded import Encoded
     from tasks.finetune.loop import Trained
 
 _WEIGHTS, _PROJECTIONS, _SAMPLE = 0x73747564, 0x70726F6A, 0x736D706C
@@ -37,7 +41,20 @@ def look(spec: DistillSpec, config: Mapping[str, Any], task: Task, max_length: i
             problems.append(str(error))
     if spec.student is not None:
         problems += _too_large(spec.student, config)
+    problems += _cannot_write(spec, config)
     return problems, []
+
+
+def _cannot_write(spec: DistillSpec, config: Any) -> list[str]:
+    """What is asked of a model that writes, where none does."""
+    asked = [name for name, is_so in (("data", spec.data != "training"), ("on_policy", spec.on_policy)) if is_so]
+    if family_of(config) != "ctc":
+        return []
+    return [
+        f"{name}: a model of CTC names each frame by itself and writes nothing that it could learn from; leave {name} "
+        "out"
+        for name in asked
+    ]
 
 
 def _too_large(student: StudentSpec, config: Mapping[str, Any]) -> list[str]:
@@ -74,9 +91,15 @@ def distill(*models: Artifact, spec: DistillSpec, ctx: StepContext) -> StepResul
 
     folder = models[-1].path
     teacher = load(folder, ctx.device)
+    check_finite(teacher)
+    for problem in _cannot_write(spec, teacher.config):
+        raise StepError(problem)
     student = _student(models, teacher, spec, ctx)
+    check_finite(student.network)
     data = finetune.training_data(student.network, student.artifact, ctx)
-    match(student.network, teacher, student.artifact.path, folder, data, ctx)
+    alike(student.network, teacher)
+    aligned = align(student.artifact.path, folder, data, spec, ctx)
+    match(student.network, teacher, aligned, data, ctx)
     about = identity(folder)
     taught = lessons(data, teacher, about, student.artifact.path, spec, ctx)
     inside = plan_inside(
@@ -88,17 +111,19 @@ def distill(*models: Artifact, spec: DistillSpec, ctx: StepContext) -> StepResul
         spec.relations.layer if spec.relations else None,
     )
     add_projections(student.network, teacher, inside, ctx.generator(_PROJECTIONS))
-    how = _comparison(student.network, teacher, data, spec, ctx)
-    said = heard.listen(teacher, about, taught.data, how, spec.batch_size, ctx) if spec.cached else None
+    how = _comparison(student.network, teacher, data, aligned, spec, ctx)
+    asked = aligned.data or taught.data
+    said = heard.listen(teacher, about, asked, how, spec.batch_size, ctx) if spec.cached else None
     trained = _train(student.network, teacher, taught, how, inside, said, spec, ctx)
     remove_projections(student.network)
+    taught_on = f"on {_counted(taught.parts)}"
     network = student.network.to("cpu")
     save(network, ctx.out, tokenizer_from=student.artifact.path)
     return StepResult(
         kind="model",
         touched=tuple(name for name, parameter in network.named_parameters() if parameter.requires_grad),
         left={name: "frozen" for name, parameter in network.named_parameters() if not parameter.requires_grad},
-        summary=f"{student.about}; {finetune.summary(trained)}; on {_counted(taught.parts)}",
+        summary="; ".join(filter(None, (student.about, aligned.about, finetune.summary(trained), taught_on))),
         properties=_properties(network, teacher, taught, spec) | finetune.properties(trained),
         warnings=finetune.warnings(trained),
     )
@@ -165,13 +190,14 @@ def _cut(teacher: Artifact, network: nn.Module, spec: DistillSpec, ctx: StepCont
     return student
 
 
-def _comparison(student: nn.Module, teacher: nn.Module, data: Any, spec: DistillSpec, ctx: StepContext) -> Comparison:
+def _comparison(
+    student: nn.Module, teacher: nn.Module, data: Encoded, aligned: Aligned, spec: DistillSpec, ctx: StepContext
+) -> Comparison:
     import torch
 
     from tasks.finetune.objective import weights_of_classes
-    from tasks.models import family_of
 
-    order = label_order(student, teacher) if ctx.task == "text-classification" else None
+    order: Any = label_order(student, teacher) if ctx.task == "text-classification" else aligned.writes
     return Comparison(
         task=ctx.task,
         family=family_of(student.config),  # type: ignore[arg-type]
@@ -183,7 +209,8 @@ def _comparison(student: nn.Module, teacher: nn.Module, data: Any, spec: Distill
         smoothing=spec.label_smoothing,
         class_weights=weights_of_classes(data, spec),
         several=data.labels is not None and data.labels.ndim == 2,
-        order=None if order is None else torch.tensor(order, device=ctx.device),
+        order=None if order is None else torch.as_tensor(order, device=ctx.device),
+        reads=None if aligned.reads is None else torch.as_tensor(aligned.reads, device=ctx.device),
     )
 
 

@@ -21,6 +21,7 @@ from tasks.compress.round_by_data import (
     smooth,
 )
 from tasks.compress.selection import Selection, reasons, rows_of, select
+from tasks.compress.simulate import Change, dynamic_activations, simulated, static_activations
 from tasks.context import Artifact, StepContext, StepError
 
 if TYPE_CHECKING:
@@ -113,7 +114,12 @@ def _int8(
     network.to("cpu")
     said, properties, warnings = "", {}, ()
     if spec.train is not None:
-        said, properties, warnings = _train(network, model, selection, ranges, spec, ctx)
+        weights = dict.fromkeys(selection.names, _int8_rows)
+        inputs = {
+            name: static_activations(*ranges[name]) if ranges and name in ranges else dynamic_activations
+            for name in selection.layers
+        }
+        said, properties, warnings = _train(network, model, weights, inputs, spec, ctx)
         if ranges is not None and data is not None:
             ranges = ranges_of(network.to(ctx.device), selection.layers, data, found.scales, ctx)
             network.to("cpu")
@@ -138,9 +144,10 @@ def _weights(
     ctx: StepContext,
 ) -> Made:
     said, properties, warnings = "", {}, ()
-    if spec.train is not None:
-        said, properties, warnings = _train(network, model, selection, None, spec, ctx)
     bits = _bits(network, selection, measured, spec)
+    if spec.train is not None:
+        weights = {name: partial(_as_stored, spec, bits=width) for name, width in bits.items()}
+        said, properties, warnings = _train(network, model, weights, {}, spec, ctx)
     groups = {width: spec.group(width) for width in (4, 8)}
     found = Calibrated()
     if spec.algorithm != "rtn" and data is not None:
@@ -178,26 +185,16 @@ def _weights(
 def _train(
     network: nn.Module,
     model: Artifact,
-    selection: Selection,
-    ranges: Mapping[str, tuple[float, float]] | None,
+    weights: Mapping[str, Change],
+    inputs: Mapping[str, Change],
     spec: QuantizeSpec,
     ctx: StepContext,
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """Train the model with its weights, and activations where they become int8, rounded in every pass."""
-    from tasks.compress.simulate import dynamic_activations, simulated, static_activations
     from tasks.finetune import finetune
     from tasks.finetune.loop import train
 
     assert spec.train is not None
-    if spec.weight_only:
-        weights = dict.fromkeys(selection.names, partial(_as_stored, spec, bits=int(spec.stored.removeprefix("int"))))
-        inputs = {}
-    else:
-        weights = dict.fromkeys(selection.names, _int8_rows)
-        inputs = {
-            name: static_activations(*ranges[name]) if ranges and name in ranges else dynamic_activations
-            for name in selection.layers
-        }
     ctx.note("training with rounded weights")
     with simulated(network, weights, inputs):
         trained = train(network, finetune.training_data(network, model, ctx), spec.train, ctx)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
 from tasks.context import StepContext, StepError
+from tasks.models.applications import family_of, task_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+    from tasks.compress.vocabularies import Aligned
     from tasks.data.encoded import Encoded
 
 _HEARING = ("num_mel_bins", "max_source_positions")
@@ -50,7 +51,6 @@ def student_config(fields: Mapping[str, Any], teacher: Mapping[str, Any], task: 
     import torch
     from transformers import CONFIG_MAPPING
 
-    from tasks.models.applications import family_of
     from tasks.models.configuration import build_config, build_model, known_fields
 
     kind = fields["model_type"]
@@ -78,17 +78,12 @@ def student_config(fields: Mapping[str, Any], teacher: Mapping[str, Any], task: 
     return config
 
 
-def match(
-    student: nn.Module, teacher: nn.Module, student_folder: Path, teacher_folder: Path, data: Encoded, ctx: StepContext
-) -> None:
-    """Refuse a pair of which one cannot learn from the other.
+def alike(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two that do different things.
 
     Raises:
-        StepError: they differ in task, family, vocabulary, labels or in what they hear; with both sides' values.
+        StepError: they differ in task or family; with both sides' values.
     """
-    from tasks.models import family_of
-    from tasks.models.applications import task_of
-
     ours: Any = student.config
     theirs: Any = teacher.config
     tasks = [task_of(config.architectures) for config in (ours, theirs)]
@@ -100,21 +95,31 @@ def match(
             f"the student is of the family {families[0]} and the teacher {families[1]}; take a teacher that works in "
             "the same way"
         )
-    _same_vocabulary(student_folder, teacher_folder)
+
+
+def match(student: nn.Module, teacher: nn.Module, aligned: Aligned, data: Encoded, ctx: StepContext) -> None:
+    """Refuse a pair of which one cannot learn from the other.
+
+    Raises:
+        StepError: they differ in task, family, logits, labels or in what they hear; with both sides' values.
+    """
+    ours: Any = student.config
+    theirs: Any = teacher.config
     if ctx.task == "text-classification":
         label_order(student, teacher)
     else:
         sizes = [config.get_text_config().vocab_size for config in (ours, theirs)]
-        if sizes[0] != sizes[1]:
+        wanted = sizes[1] if aligned.writes is None else len(aligned.writes)
+        if sizes[0] != wanted:
             raise StepError(
-                f"the student gives {sizes[0]} logits a token and the teacher {sizes[1]}; take models whose vocabulary "
+                f"the student gives {sizes[0]} logits a token and the teacher {wanted}; take models whose vocabulary "
                 "has the same size"
             )
     for name in _HEARING:
         heard = [getattr(config, name, None) for config in (ours, theirs)]
         if heard[0] != heard[1]:
             raise StepError(f"the student's {name} is {heard[0]} and the teacher's {heard[1]}; they must hear the same")
-    if families[0] == "ctc":
+    if family_of(ours) == "ctc":
         _same_frames(student, teacher, data)
 
 
@@ -140,23 +145,6 @@ def label_order(student: nn.Module, teacher: nn.Module) -> list[int] | None:
 def _labels(model: nn.Module) -> list[str]:
     names = model.config.id2label  # type: ignore[union-attr]
     return [str(names[number]) for number in sorted(names)]  # type: ignore[arg-type, index, call-overload]
-
-
-def _same_vocabulary(student: Path, teacher: Path) -> None:
-    from tasks.data.tokens import open_tokenizer
-
-    both = [open_tokenizer(folder) for folder in (student, teacher)]
-    for side in ("core", "writes"):
-        ours, theirs = (getattr(one, side).get_vocab(with_added_tokens=True) for one in both)
-        if ours == theirs:
-            continue
-        strange = min((token for token in ours if theirs.get(token) != ours[token]), key=lambda t: ours[t], default="")
-        detail = f", first token {ours[strange]} {strange!r}" if strange else ""
-        raise StepError(
-            f"the student's vocabulary ({len(ours)} tokens) is not the teacher's ({len(theirs)}{detail}), so that "
-            "their logits cannot be compared; take a teacher with the student's tokenizer, or write student or config "
-            "instead of needs"
-        )
 
 
 def _same_frames(student: nn.Module, teacher: nn.Module, data: Encoded) -> None:

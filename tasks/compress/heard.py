@@ -43,7 +43,7 @@ def listen(
             batch = {name: torch.from_numpy(array).to(ctx.device) for name, array in collate(data, part).items()}
             batch = {name: value if value.is_floating_point() else value.long() for name, value in batch.items()}
             with torch.inference_mode():
-                reading = read(teacher, batch)
+                reading = read(teacher, how.asked(batch))
                 logs, classes = how.said(reading, how.top_k)
             owner = reading.owner.cpu().numpy()
             arrays = {"logs": logs.cpu().numpy()}
@@ -63,6 +63,7 @@ def listen(
         "top_k": how.top_k,
         "several": how.several,
         "order": None if how.order is None else how.order.tolist(),
+        "reads": None if how.reads is None else how.reads.tolist(),
         "batch": size,
     }
     return kept.keep("the teacher's outputs", recipe, make, len(data), ctx, listen)

@@ -12,9 +12,9 @@ import numpy as np
 from specs.schema.pipeline import DataSpec
 from specs.schema.steps.distill import DistillSpec
 from tasks.compress.augment import augmented, neighbours_of
-from tasks.compress.written import teacher_continuations, teacher_translations
+from tasks.compress.written import teacher_continuations, teacher_targets
 from tasks.context import StepContext, StepError
-from tasks.data.encoded import Encoded
+from tasks.data.encoded import Encoded, FeatureFile
 from tasks.finetune.batches import Roles
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def lessons(
 
     if spec.data == "teacher-generated":
         trains[0][:] = False
-        if ctx.task == "translation":
-            made = teacher_translations(teacher, about, data, limit, spec.beams, size, ctx)
-        else:
+        if ctx.task == "text-generation":
             made = teacher_continuations(teacher, about, data, size, ctx)
+        else:
+            made = teacher_targets(teacher, about, data, limit, spec.beams, size, ctx)
         add("teacher-generated", made, np.arange(count), True)
     if spec.augment is not None:
         ctx.note("changing words of the training texts")
@@ -87,11 +87,11 @@ def lessons(
     if spec.unlabelled is not None:
         made = unlabelled(spec.unlabelled, data, folder, ctx)
         if ctx.task == "translation":
-            made = teacher_translations(teacher, about, made, limit, spec.beams, size, ctx)
+            made = teacher_targets(teacher, about, made, limit, spec.beams, size, ctx)
         add("unlabelled", made, sum(map(len, parts)) + np.arange(len(made)), False)
     measures = np.arange(sum(map(len, parts))) < count
     roles = Roles(np.concatenate(trains), measures, np.concatenate(origins))
-    return Lessons(joined(parts), np.concatenate(labelled), roles, named)
+    return Lessons(joined(parts, ctx.work), np.concatenate(labelled), roles, named)
 
 
 def unlabelled(source: str, like: Encoded, folder: Path, ctx: StepContext) -> Encoded:
@@ -127,8 +127,9 @@ def unlabelled(source: str, like: Encoded, folder: Path, ctx: StepContext) -> En
     return Encoded(ids, mask, empty, numbers, np.zeros(len(rows), np.int32), like.label_names, pad=like.pad)
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """The examples of all parts, those of the first one first."""
+def joined(parts: Sequence[Encoded], work: Path) -> Encoded:
+    """The examples of all parts, those of the first one first; recordings are written into the folder ``work``, since
+    they may be more than memory holds."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -140,9 +141,15 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
             fill = first.pad if name.endswith("ids") else 0
             widened = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays]
             whole[name] = np.concatenate(widened)
-    for name in ("labels", "document", "text_bytes"):
+    for name in ("labels", "document", "text_bytes", "seconds"):
         arrays = [getattr(part, name) for part in parts]
         whole[name] = None if arrays[0] is None else np.concatenate(arrays)
+    if first.features is not None:
+        with FeatureFile(work) as file:
+            for part in parts:
+                for row in range(len(part)):
+                    file.append(part.features_of(row))
+        whole |= {"features": file.open(), "feature_ends": np.array(file.ends, np.int64)}
     return replace(first, **whole, references=())
 
 

@@ -110,13 +110,13 @@ def _label(model: nn.Module, batch: Batch) -> Reading:
 
 def _target_token(model: nn.Module, batch: Batch) -> Reading:
     labels = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "scored")}
     logits = model(**inputs, decoder_input_ids=decoder_start(labels, model.config), use_cache=False).logits
-    scored = labels != IGNORED
-    masks = {"decoder": scored}
+    real = labels != IGNORED
+    masks = {"decoder": real}
     if "attention_mask" in batch:
         masks["encoder"] = batch["attention_mask"].bool()
-    return _reading(logits, labels, scored, masks)
+    return _reading(logits, labels, real & batch["scored"] if "scored" in batch else real, masks)
 
 
 def _frames(model: nn.Module, batch: Batch) -> Reading:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specs.schema.base import Task
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.units import Keep
-from tasks.compress import cut, depth, importance, search, width
+from tasks.compress import cut, depth, importance, principal, search, width
 from tasks.context import Artifact, StepContext, StepError, StepResult
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Way:
         config: the configuration of a model of a shape.
         scores: the importance of what may go, from training examples.
         cut: the model of a shape and what was kept of what, given the scores.
+        said: what there is to record of a shape, given the scores, and to warn of.
     """
 
     left: Mapping[str, str]
@@ -41,6 +42,7 @@ class Way:
     config: Callable[[Mapping[str, int]], Any]
     scores: Callable[[Encoded, StepContext], Mapping[str, Any]]
     cut: Callable[[Mapping[str, Any], Mapping[str, int]], tuple[nn.Module, dict[str, list[int]]]]
+    said: Callable[[Mapping[str, Any], Mapping[str, int]], tuple[dict[str, Any], list[str]]] = lambda *_: ({}, [])
 
 
 def preflight(spec: PruneSpec, config: Mapping[str, Any], task: Task) -> list[str]:
@@ -87,6 +89,7 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     from tasks.compress.calibrate import sample
     from tasks.models import load, save
     from tasks.models.check import weights_in
+    from tasks.models.layout import check_finite
 
     network = load(model.path, ctx.device)
     check_finite(network)
@@ -107,9 +110,13 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
         warnings.append("the shape was chosen by measured times: another machine, or a busy one, may choose another")
     whole = way.shape(1.0)
     smaller, kept = way.cut(scores, fields)
+    recorded, told = way.said(scores, fields)
+    properties, warnings = properties | recorded, [*warnings, *told]
     del network
     summary = "; ".join(f"{name} {whole[name]} -> {value}" for name, value in fields.items() if value != whole[name])
     summary = f"{spec.method} by {spec.importance}: {summary}"
+    if "variance_kept" in properties:
+        summary += f", {properties['variance_kept']:.1%} of the variance between the blocks kept"
     if spec.recover is not None:
         trained_summary, trained, more = recover(smaller, model, spec, ctx)
         summary, properties, warnings = f"{summary}; {trained_summary}", properties | trained, [*warnings, *more]
@@ -138,17 +145,6 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
         },
         warnings=tuple(warnings),
     )
-
-
-def check_finite(network: nn.Module) -> None:
-    """Refuse weights that are not numbers: no importance could be told from them.
-
-    Raises:
-        StepError: one is not.
-    """
-    for name, parameter in network.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise StepError(f"{name} holds weights that are not finite; take a model from before the training broke")
 
 
 def recover(
@@ -186,28 +182,50 @@ def _width(network: nn.Module, spec: PruneSpec) -> Way:
 
     parts = anatomy(network)
     space = width.room(network, parts, spec.parts, spec.multiple_of)
+    turns = spec.hidden_by == "pca"
+    if turns:
+        principal.check(network, parts)
+    untied = [f"{name}.weight" for name in parts.head if turns and f"{name}.weight" in parts.ties]
+    hidden = parts.stacks[0].fields["width"]
 
-    def scores(data: Encoded, ctx: StepContext) -> dict[str, Tensor]:
-        axes = width.axes(network, parts, space)
+    def scores(data: Encoded, ctx: StepContext) -> dict[str, Any]:
+        axes = [axis for axis in width.axes(network, parts, space) if not (turns and axis.name == width.STREAM)]
+        found: dict[str, Any] = {}
+        if turns:
+            found[width.STREAM] = principal.directions(network, parts, data, device=ctx.device, progress=ctx.progress)
+        if not axes:
+            return found
         if spec.importance == "activation":
-            return importance.activation(network, axes, data, device=ctx.device, progress=ctx.progress)
-        return importance.by_axis(_gradients(network, data, ctx), axes)
+            return found | importance.activation(network, axes, data, device=ctx.device, progress=ctx.progress)
+        return found | importance.by_axis(_gradients(network, data, ctx), axes)
 
     def carry_out(scores: Mapping[str, Any], fields: Mapping[str, int]) -> tuple[nn.Module, dict[str, list[int]]]:
-        axes = width.axes(network, parts, space)
-        counts = {axis.name: width.count(axis, parts, fields) for axis in axes}
-        kept = {
-            axis.name: cut.choose(scores[axis.name], counts[axis.name], axis.groups)
-            for axis in axes
-            if counts[axis.name] < axis.size
-        }
-        state = cut.state_of(network, [place.tensor for axis in axes if axis.name in kept for place in axis.places])
-        return cut.rebuild(network, config(fields), cut.cut(state, axes, kept)), kept
+        axes = {axis.name: axis for axis in width.axes(network, parts, space)}
+        counts = {name: width.count(axis, parts, fields) for name, axis in axes.items()}
+        going = [axis for name, axis in axes.items() if counts[name] < axis.size]
+        chosen = [axis for axis in going if not (turns and axis.name == width.STREAM)]
+        kept = {axis.name: cut.choose(scores[axis.name], counts[axis.name], axis.groups) for axis in chosen}
+        state = cut.state_of(network, [place.tensor for axis in going for place in axis.places])
+        state = cut.cut(state, chosen, kept)
+        if turns and fields[hidden] < axes[width.STREAM].size:
+            kept[width.STREAM] = list(range(fields[hidden]))
+            found = scores[width.STREAM]
+            state = principal.project(network, parts, state, axes[width.STREAM], found, fields[hidden])
+        return cut.rebuild(network, config(fields), state, untied), kept
 
     def config(fields: Mapping[str, int]) -> Any:
-        return width.config_of(network.config, parts, fields)
+        found = width.config_of(network.config, parts, fields)
+        return cut.configured(found, principal.UNTIED) if untied else found
 
-    return Way(space.left, lambda share: width.shape(parts, space, share), config, scores, carry_out)
+    def said(scores: Mapping[str, Any], fields: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
+        if not turns:
+            return {}, []
+        return {"variance_kept": scores[width.STREAM].kept(fields[hidden])}, [
+            f"{name} was tied to {parts.ties[name]} and is no more: the weights of a norm are in it now"
+            for name in untied
+        ]
+
+    return Way(space.left, lambda share: width.shape(parts, space, share), config, scores, carry_out, said)
 
 
 def _depth(network: nn.Module, spec: PruneSpec) -> Way:

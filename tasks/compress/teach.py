@@ -49,6 +49,7 @@ class Comparison:
             not having it, in the loss of the data.
         several: whether an example may have several labels.
         order: the teacher's class for each class of the student, int64 [C]; None where they are the same.
+        reads: the teacher's token for each token that the student is given, int64 [V]; None where they are the same.
     """
 
     task: Task
@@ -62,6 +63,17 @@ class Comparison:
     class_weights: Tensor | None = None
     several: bool = False
     order: Tensor | None = None
+    reads: Tensor | None = None
+
+    def asked(self, batch: Batch) -> Batch:
+        """What the teacher is given of a batch: the same in its own tokens."""
+        asked = dict(batch)
+        if self.reads is not None and "input_ids" in batch:
+            asked["input_ids"] = self.reads[batch["input_ids"]]
+        if self.order is not None and self.task != "text-classification" and "labels" in batch:
+            labels = batch["labels"]
+            asked["labels"] = self.order[labels.clamp(min=0)].where(labels >= 0, labels)
+        return asked
 
     def said(self, reading: Reading, top_k: int | None) -> tuple[Tensor, Tensor | None]:
         """The teacher's log-probabilities of the units of a batch, and the classes that they are of; the ``top_k``
@@ -168,7 +180,7 @@ class Teaching:
         assert self.teacher is not None
         how = self.comparison
         with torch.no_grad(), _watched(self.teacher, self.inside.names("teacher")) as seen:
-            return (*how.said(reader(how.task, how.family)(self.teacher, batch), None), seen)
+            return (*how.said(reader(how.task, how.family)(self.teacher, how.asked(batch)), None), seen)
 
     def _inside(
         self, model: nn.Module, reading: Reading, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]

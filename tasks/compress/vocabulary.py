@@ -57,9 +57,10 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
     from tasks.data import encode
     from tasks.models import load, save
     from tasks.models.check import weights_in
+    from tasks.models.layout import check_finite
 
     network: Any = load(model.path)
-    structured.check_finite(network)
+    check_finite(network)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
     if not len(data):
         raise StepError("the training data has no example to see tokens in; check data.train and its filters")

@@ -14,10 +14,13 @@ from tasks.context import StepError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tasks.models.anatomy import Anatomy
+    from tasks.models.anatomy import Anatomy, Block
     from tasks.models.layout import LinearLayer
 
 PARTS: tuple[Part, ...] = ("heads", "ffn", "hidden")
+
+STREAM = "hidden"
+"""The name of the axis of the numbers between the blocks."""
 
 _MIRRORS = ("output_hidden_size",)
 """Fields that hold the hidden size a second time."""
@@ -94,7 +97,7 @@ def _fixed_hidden(model: Any, anatomy: Anatomy) -> str | None:
 
 def _step(model: nn.Module, anatomy: Anatomy, together: bool, multiple: int) -> int:
     width = anatomy.stacks[0].width
-    steps = [module.groups for module in _grouped(model, anatomy).values()]
+    steps = [module.groups for module in grouped(model, anatomy).values()]
     if together:
         steps += [stack.blocks[0].attentions[0].head_size for stack in anatomy.stacks]
     elif width % multiple == 0 and width >= 2 * multiple:
@@ -102,7 +105,7 @@ def _step(model: nn.Module, anatomy: Anatomy, together: bool, multiple: int) -> 
     return lcm(1, *steps)
 
 
-def _grouped(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
+def grouped(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     """Convolutions in groups over the hidden numbers."""
     from torch import nn
 
@@ -161,10 +164,11 @@ def axes(model: nn.Module, anatomy: Anatomy, space: Room) -> list[Axis]:
 
     Where one table of relative positions serves all blocks of a stack (T5), the same heads go in all of them.
     """
-    found = [*_head_axes(model, anatomy), *_ffn_axes(model, anatomy)]
+    found = [*_head_axes(model, anatomy), *ffn_axes(model, anatomy)]
     if "hidden" in space.parts:
         claimed = {(place.tensor, place.dim) for axis in found for place in axis.places}
-        found += _hidden_axes(model, anatomy, space, claimed)
+        least = shape(anatomy, replace(space, parts=("heads", "hidden")), 0)
+        found += hidden_axes(model, anatomy, config_of(model.config, anatomy, least), claimed)
     return [axis for axis in found if axis.part in space.parts]
 
 
@@ -178,7 +182,7 @@ def count(axis: Axis, anatomy: Anatomy, fields: Mapping[str, int]) -> int:
 
 
 def _head_axes(model: nn.Module, anatomy: Anatomy) -> Iterator[Axis]:
-    layers = _layers(model)
+    layers = layers_of(model)
     for stack in anatomy.stacks:
         tables = [name for name, what in stack.embeddings.items() if what == "relative positions"]
         shared = 0 < len(tables) < len(stack.blocks)
@@ -186,10 +190,10 @@ def _head_axes(model: nn.Module, anatomy: Anatomy) -> Iterator[Axis]:
         for attention in (part for block in stack.blocks for part in block.attentions):
             each = attention.heads // attention.kv_heads
             segments = 3 if attention.fused else 1
-            query = _outputs(layers[attention.query], attention.head_size * each, segments)
-            places = [*query, *_inputs(layers[attention.output], attention.head_size * each)]
+            query = outputs(layers[attention.query], attention.head_size * each, segments)
+            places = [*query, *inputs(layers[attention.output], attention.head_size * each)]
             for name in () if attention.fused else (attention.key, attention.value):
-                places += _outputs(layers[name], attention.head_size)
+                places += outputs(layers[name], attention.head_size)
             table = f"{attention.name}.relative_attention_bias"
             if table in tables:
                 places.append(Place(f"{table}.weight", 1, each))
@@ -208,26 +212,34 @@ def _head_axes(model: nn.Module, anatomy: Anatomy) -> Iterator[Axis]:
             )
 
 
-def _ffn_axes(model: nn.Module, anatomy: Anatomy) -> Iterator[Axis]:
-    layers = _layers(model)
+def ffn_name(block: Block) -> str:
+    """The name of the axis of a block's feed-forward channels."""
+    return f"{block.name}.ffn"
+
+
+def ffn_axes(model: nn.Module, anatomy: Anatomy) -> Iterator[Axis]:
+    """The feed-forward channels of every block."""
+    layers = layers_of(model)
     for block in anatomy.blocks:
         widening = [layers[name] for name in (block.ffn.gate, block.ffn.up) if name is not None]
-        places = [place for layer in widening for place in _outputs(layer)]
-        places += _inputs(layers[block.ffn.down])
-        yield Axis(f"{block.name}.ffn", "ffn", block.ffn.width, tuple(places), (Source(block.ffn.down, "input"),))
+        places = [place for layer in widening for place in outputs(layer)]
+        places += inputs(layers[block.ffn.down])
+        yield Axis(ffn_name(block), "ffn", block.ffn.width, tuple(places), (Source(block.ffn.down, "input"),))
 
 
-def _hidden_axes(model: nn.Module, anatomy: Anatomy, space: Room, claimed: set[tuple[str, int]]) -> Iterator[Axis]:
+def hidden_axes(model: nn.Module, anatomy: Anatomy, config: Any, claimed: set[tuple[str, int]]) -> Iterator[Axis]:
     """The hidden numbers: every dimension that a smaller hidden size makes smaller, but for heads and channels.
 
     Layers whose output one other layer alone sees have an axis of their own.
+
+    Args:
+        config: that of the same model with fewer hidden numbers.
+        claimed: dimensions that belong to heads or channels.
     """
     from torch import nn
 
     width = anatomy.stacks[0].width
-    narrow = shell(
-        model, config_of(model.config, anatomy, shape(anatomy, replace(space, parts=("heads", "hidden")), 0))
-    )
+    narrow = shell(model, config)
     after = {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()}
     shrinking = {
         (name, dim): tuple(tensor.shape)
@@ -243,14 +255,14 @@ def _hidden_axes(model: nn.Module, anatomy: Anatomy, space: Room, claimed: set[t
                 del shrinking[place]
             inner = tuple(Place(name, dim) for name, dim in places)
             yield Axis(producer, "hidden", width, inner, (Source(consumer, "input"),))
-    convolutions = _grouped(model, anatomy)
+    convolutions = grouped(model, anatomy)
     places = [Place(name, dim) for name, dim in shrinking if _grouped_weight(name, convolutions) is None]
     places += [Place(f"{name}.weight", 0, groups=module.groups) for name, module in convolutions.items()]
     names = [norm for stack in anatomy.stacks for norm in stack.norms]
     names += [norm for block in anatomy.blocks for part in (*block.attentions, block.ffn) for norm in part.norms]
     sources = [Source(name, "output") for name in names if (f"{name}.weight", 0) in shrinking]
     groups = lcm(1, *(module.groups for module in convolutions.values() if isinstance(module, nn.Conv1d)))
-    yield Axis("hidden", "hidden", width, tuple(places), tuple(sources), groups)
+    yield Axis(STREAM, "hidden", width, tuple(places), tuple(sources), groups)
 
 
 def _grouped_weight(name: str, convolutions: Mapping[str, Any]) -> str | None:
@@ -265,18 +277,21 @@ def _grouped_weight(name: str, convolutions: Mapping[str, Any]) -> str | None:
     )
 
 
-def _layers(model: nn.Module) -> dict[str, LinearLayer]:
+def layers_of(model: nn.Module) -> dict[str, LinearLayer]:
+    """The linear layers by name."""
     from tasks.models.layout import linear_layers
 
     return {layer.name: layer for layer in linear_layers(model)}
 
 
-def _outputs(layer: LinearLayer, unit: int = 1, segments: int = 1) -> list[Place]:
+def outputs(layer: LinearLayer, unit: int = 1, segments: int = 1) -> list[Place]:
+    """Where the units that a layer gives stand in its weight and bias."""
     places = [Place(layer.weight_name, 0 if layer.kind == "linear" else 1, unit, segments)]
     if layer.module.bias is not None:
         places.append(Place(f"{layer.name}.bias", 0, unit, segments))
     return places
 
 
-def _inputs(layer: LinearLayer, unit: int = 1) -> list[Place]:
+def inputs(layer: LinearLayer, unit: int = 1) -> list[Place]:
+    """Where the units that a layer reads stand in its weight."""
     return [Place(layer.weight_name, 1 if layer.kind == "linear" else 0, unit)]

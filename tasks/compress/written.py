@@ -1,4 +1,5 @@
-"""What models write for others to learn from: the teacher's translations and continuations, and the student's own."""
+"""What models write for others to learn from: the teacher's translations, transcripts and continuations, and the
+student's own."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ PROMPT = 4
 
 
 def own_batches(task: Task, temperature: float) -> Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]:
-    """What turns a batch into one that the student writes itself (GKD, 2306.13649): translations of the same texts, or
-    continuations of their beginnings as long as the batch is. Only what it wrote is scored. It draws from torch's
-    generator, so that a training step that seeds this one writes the same again."""
+    """What turns a batch into one that the student writes itself (GKD, 2306.13649): translations of the same texts,
+    transcripts of the same recordings, or continuations of the texts' beginnings as long as the batch is. Only what it
+    wrote is scored. It draws from torch's generator, so that a training step that seeds this one writes the same
+    again."""
 
     def write(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
@@ -35,42 +37,44 @@ def own_batches(task: Task, temperature: float) -> Callable[[nn.Module, Mapping[
         model.eval()
         try:
             with torch.no_grad():
-                if task == "translation":
-                    return _translated(model, batch, temperature)
-                return _continued(model, batch, temperature)
+                if task == "text-generation":
+                    return _continued(model, batch, temperature)
+                return _answered(model, batch, temperature)
         finally:
             model.train(training)
 
     return write
 
 
-def teacher_translations(
+def teacher_targets(
     teacher: nn.Module, about: Mapping[str, Any], data: Encoded, limit: int, beams: int, size: int, ctx: StepContext
 ) -> Encoded:
-    """``data`` with targets that the teacher writes (sequence-level distillation, Kim & Rush, 1606.07947).
+    """``data`` with targets that the teacher writes (sequence-level distillation, Kim & Rush, 1606.07947; of recordings
+    the pseudo-labels of Distil-Whisper, 2311.00430).
 
     Args:
-        teacher: a model that translates.
+        teacher: a model that translates, or an encoder-decoder that transcribes.
         about: what identifies it, as JSON.
-        data: what is to be translated.
-        limit: tokens of a translation at most.
+        data: what is to be translated or transcribed.
+        limit: tokens of a target at most.
         beams: of the search; 1 is greedy.
-        size: texts that are translated together.
+        size: examples whose targets are written together.
         ctx: store, seed and progress.
     """
 
     def make(rows: np.ndarray) -> dict[str, np.ndarray]:
         found: dict[int, list[int]] = {}
         for part in _batches(data, rows, size):
-            given = _tensors(data, part, ctx.device)
-            given.pop("labels", None)
+            batch = _tensors(data, part, ctx.device)
+            given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            start = _start(teacher, batch.get("labels"), len(part))
             with _eval(teacher):
-                out = _generate(teacher, given, limit, beams=beams)
+                out = _generate(teacher, given, limit, start=start, beams=beams)
             found.update(zip(part.tolist(), _ended(out[:, 1:], teacher), strict=True))
         return _packed([found[row] for row in rows.tolist()])
 
     recipe = {"about": about, "data": kept.digest(replace(data, target_ids=None, target_mask=None)), "limit": limit}
-    made = kept.keep("the teacher translates", {**recipe, "beams": beams}, make, len(data), ctx, teacher_translations)
+    made = kept.keep("the teacher writes targets", {**recipe, "beams": beams}, make, len(data), ctx, teacher_targets)
     ids, mask = _unpacked(made, len(data), data.pad)
     return replace(data, target_ids=ids, target_mask=mask, references=())
 
@@ -108,10 +112,34 @@ def teacher_continuations(
     return replace(data, input_ids=ids, attention_mask=mask, text_bytes=np.zeros(len(data), np.int32))
 
 
-def _translated(model: nn.Module, batch: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+def _answered(model: nn.Module, batch: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
     given = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    out = _generate(model, given, batch["labels"].shape[1], sample=True, temperature=temperature)[:, 1:]
-    return {**given, "labels": out.masked_fill(~_real(out, model), IGNORED)}
+    start = _start(model, batch["labels"], len(batch["labels"]))
+    known = 0 if start is None else start.shape[1] - 1
+    limit = max(1, batch["labels"].shape[1] - known)
+    out = _generate(model, given, limit, start=start, sample=True, temperature=temperature)[:, 1:]
+    real = _real(out, model)
+    written = real.clone()
+    written[:, :known] = False
+    return {**given, "labels": out.masked_fill(~real, IGNORED), "scored": written}
+
+
+def _start(model: Any, labels: Tensor | None, count: int) -> Tensor | None:
+    """What the decoder of a model that transcribes is given before it writes, [B, P]: the token that it starts with and
+    the marks of language and task that the targets begin with. None for any other: transformers knows its start.
+
+    Whisper's own ``generate`` would choose these marks itself, cut a recording, and leave its start away.
+    """
+    import torch
+
+    if labels is None or model.main_input_name != "input_features":
+        return None
+    named: Any = model.generation_config
+    marks = [*(getattr(named, "lang_to_id", None) or {}).values(), *(getattr(named, "task_to_id", None) or {}).values()]
+    marks += [getattr(named, "no_timestamps_token_id", None) or -1]
+    alike = torch.isin(labels, torch.tensor(marks, device=labels.device)).all(0).long().cumprod(0)
+    first = torch.full((count, 1), model.config.decoder_start_token_id, device=labels.device)
+    return torch.cat([first, labels[:, : int(alike.sum())]], 1)
 
 
 def _continued(model: nn.Module, batch: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
@@ -131,12 +159,14 @@ def _generate(
     given: Mapping[str, Tensor],
     limit: int,
     *,
+    start: Tensor | None = None,
     beams: int = 1,
     sample: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """What the model writes, [B, T], behind its prompt or the token that its decoder starts with."""
+    """What the model writes, [B, T], behind its prompt, the token that its decoder starts with, or ``start``."""
     import torch
+    from transformers import GenerationMixin
 
     settings: dict[str, Any] = {"num_beams": beams, "do_sample": sample, "max_new_tokens": limit, "use_cache": True}
     if sample:
@@ -144,7 +174,11 @@ def _generate(
     if "attention_mask" not in given and "input_ids" in given:
         given = {**given, "attention_mask": torch.ones_like(given["input_ids"])}
     pad = getattr(model.config, "pad_token_id", None)
-    return model.generate(**given, **settings, pad_token_id=0 if pad is None else pad)
+    settings["pad_token_id"] = 0 if pad is None else pad
+    if start is None:
+        return model.generate(**given, **settings)
+    generate: Any = GenerationMixin.generate
+    return generate(model, **given, **settings, decoder_input_ids=start)
 
 
 def _ends(model: Any) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tasks.context import StepError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -67,6 +69,17 @@ class Embedding:
             return 1.0
         scaled = type(self.module).__name__.endswith("ScaledWordEmbedding")
         return float(self.module.embed_scale) if scaled else None  # type: ignore[arg-type]
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse weights that are not numbers: whatever is made of them is none either.
+
+    Raises:
+        StepError: one is not.
+    """
+    for name, parameter in network.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise StepError(f"{name} holds weights that are not finite; take a model from before its training broke")
 
 
 def linear_layers(model: nn.Module) -> list[LinearLayer]:

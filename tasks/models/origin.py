@@ -18,6 +18,7 @@ from tasks.models.convert import Tokens, own_tokens
 from tasks.models.features import write_features
 from tasks.models.generation import fill_tokens, settle, token_fields, use_prompt
 from tasks.models.heads import load_for
+from tasks.models.layout import check_finite
 from tasks.models.load import check_weights, has_tokenizer, load_config, load_tokenizer, quiet, save
 from tasks.models.resolve import resolve
 from tasks.models.tokenizer import ABOUT, DEFAULT_SIZE, style_of, train_tokenizer
@@ -126,6 +127,7 @@ def _from_source(model: ModelSpec, labels: tuple[str, ...], ctx: StepContext) ->
         setattr(config, name, value)
     check_length(config, ctx.data, from_config=False)
     built, left = load_for(found.folder, config, ctx.task, bool(fresh), ctx.generator(_SALT))
+    check_finite(built)
     warnings += use_prompt(tokenizer, built)
     _write(built, tokens, ctx, found.folder)
     about = "weights as they came in" + (f"; fresh head for {fresh}" if fresh else "")

@@ -5,7 +5,8 @@
 A small Llama is trained on the one text, by the step ``finetune``; each method prunes it to 50 %, 60 % and 2:4 without
 training afterwards, by the step ``prune``; the perplexity is that of the other text. Intervals (95 %) are a bootstrap
 over its windows; against magnitude both models are resampled with the same draws. The methods that calibrate run once
-for each of ``--seeds`` draws of training examples, and the median of the draws counts. Prints a table in Markdown.
+for each of ``--seeds`` draws of training examples, and the median of the draws counts. Prints a table in Markdown, and
+progress on stderr. ``--quick`` shows that all of it runs, on a model that has learned next to nothing: no evidence.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from specs.schema.pipeline import DataSpec, ModelSpec
 from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
 from tasks.context import Artifact, StepContext
-from tasks.evaluate.bootstrap import interval, ratio_of_sums, replicates
+from tasks.evaluate.bootstrap import ratio_of_sums, replicates
+from tests.bench.common import RESAMPLES, teller, with_interval
 
 AMOUNTS: tuple[dict[str, Any], ...] = ({"sparsity": "50%"}, {"sparsity": "60%"}, {"pattern": "2:4"})
 METHODS = ("magnitude", "wanda", "sparsegpt")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Bench:
             checkpoints=self.root / name / "checkpoints",
             store=self.root / "store",
             seed=seed,
+            emit=teller(name),
         )
 
     def losses(self, folder: Path, windows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +104,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=400, help="evaluation windows of 64 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="40 steps, one draw of 16 examples, 60 windows")
     given = parser.parse_args()
+    if given.quick:
+        given.steps, given.seeds, given.examples, given.windows = 40, 1, 16, 60
 
     import torch
 
@@ -142,10 +147,8 @@ def main() -> None:
 
 def shown(nats: np.ndarray, other: np.ndarray, tokens: np.ndarray, form: str) -> str:
     """The perplexity as a multiple of another one (nats of 0: of 1), with its interval."""
-    ratio = ratio_of_sums(nats - other, tokens)
-    found = interval(np.exp(replicates(ratio, len(tokens), RESAMPLES, 0)), 0.95)
-    value = math.exp(float((nats - other).sum() / tokens.sum()))
-    return f"{value:{form}}" + (f" [{found[0]:{form}}, {found[1]:{form}}]" if found else "")
+    ratio = replicates(ratio_of_sums(nats - other, tokens), len(tokens), RESAMPLES, 0)
+    return with_interval(math.exp(float((nats - other).sum() / tokens.sum())), np.exp(ratio), form)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 
 ``NOVELS_FOLDER`` has ``train`` and ``valid`` with plain texts. A decoder of 0.9 M weights is trained on the former
 (kept in ``--work`` for the next time), quantized by the step itself, and judged on windows of the latter. The intervals
-are of the change of perplexity against the float model: a paired bootstrap over the windows. Everything is computed in
-one run; nothing of it is random but the seed's choice. Prints a table in Markdown.
+are of the change of perplexity against the float model: a paired bootstrap over the windows. What is mixed is also held
+against the uniform bits of the same bytes, window by window, and against filling the budget with 8 bits in the order of
+the layers. Everything is computed in one run; nothing of it is random but the seed's choice. Prints tables in Markdown,
+and progress on stderr. ``--quick`` shows that all of it runs, on a model that has learned next to nothing: no evidence.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tasks.data.encoded import Encoded
 from tasks.finetune.finetune import finetune
 from tasks.models import load, save
 from tasks.models.origin import import_model
+from tests.bench.common import teller
 from tests.support import as_artifact, context
 
 MODEL = ModelSpec(
@@ -87,16 +90,17 @@ def losses(folder: Path, data: Encoded) -> tuple[np.ndarray, int]:
 
 def row(name: str, size: int, ours: np.ndarray, theirs: np.ndarray, tokens: int, seconds: float) -> str:
     """A row of the table; the interval is that of the ratio of perplexities."""
+    perplexity = np.exp(ours.mean() / tokens)
+    return f"| {name} | {size / 1000:.0f} kB | {perplexity:.3f} | {change(ours, theirs, tokens)} | {seconds:.0f} s |"
+
+
+def change(ours: np.ndarray, theirs: np.ndarray, tokens: int) -> str:
+    """By how much a perplexity is above another one, with its interval."""
     count = len(ours)
     drawn = np.random.default_rng(0).integers(0, count, (2000, count))
     ratios = np.exp((ours - theirs)[drawn].mean(1) / tokens) - 1
     low, high = np.quantile(ratios, [0.025, 0.975])
-    change = np.exp((ours - theirs).mean() / tokens) - 1
-    perplexity = np.exp(ours.mean() / tokens)
-    return (
-        f"| {name} | {size / 1000:.0f} kB | {perplexity:.3f} | {change:+.2%} [{low:+.2%}, {high:+.2%}] "
-        f"| {seconds:.0f} s |"
-    )
+    return f"{np.exp((ours - theirs).mean() / tokens) - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
 
 
 def in_order(folder: Path, out: Path, budget: int) -> None:
@@ -125,12 +129,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="optimiser steps of the training")
     parser.add_argument("--windows", type=int, default=200, help="windows of 64 tokens that judge")
     parser.add_argument("--train-only", action="store_true", help="stop behind the training")
+    parser.add_argument("--quick", action="store_true", help="20 steps, 20 windows")
     given = parser.parse_args()
-    data = DataSpec(train=str(given.data / "train"), eval=str(given.data / "valid"), max_length=64)
+    if given.quick:
+        given.steps, given.windows, given.work = 20, 20, given.work / "quick"
+    folder = given.data.absolute()
+    data = DataSpec(train=str(folder / "train"), eval=str(folder / "valid"), max_length=64)
 
     def place(name: str) -> Any:
         ctx = context(given.work / name.replace(" ", "_"), "text-generation", data, MODEL)
-        return dataclasses.replace(ctx, store=given.work / "store")
+        return dataclasses.replace(ctx, store=given.work / "store", emit=teller(name))
 
     trained = given.work / "trained" / "out"
     if not (trained / "config.json").exists():
@@ -150,11 +158,14 @@ def main() -> None:
     print(f"perplexity {np.exp(float_losses.mean() / tokens):.3f}\n")
     print("| weights | file | perplexity | against float32 [95 %] | step took |\n| --- | --- | --- | --- | --- |")
 
+    every: dict[str, np.ndarray] = {}
+
     def judge(name: str, fields: Mapping[str, Any]) -> int:
         ctx, started = place(name), time.monotonic()
         quantize(as_artifact(trained), spec=QuantizeSpec(uses="quantize", id="q", **fields), ctx=ctx)
         size, spent = weight_bytes(ctx.out), time.monotonic() - started
-        print(row(name, size, losses(ctx.out, windows)[0], float_losses, tokens, spent), flush=True)
+        every[name] = losses(ctx.out, windows)[0]
+        print(row(name, size, every[name], float_losses, tokens, spent), flush=True)
         return size
 
     sizes = {name: judge(name, fields) for name, fields in UNIFORM.items()}
@@ -165,13 +176,20 @@ def main() -> None:
         judge(f"mixed, bytes of {what}", {"mixed": {"budget": budget}, "group_size": group})
     out = place("in order").out
     in_order(trained, out, middle)
-    ours = losses(out, windows)[0]
-    print(
-        row("8 bits in order, then 4, bytes of the middle", weight_bytes(out), ours, float_losses, tokens, 0),
-        flush=True,
-    )
+    name = "8 bits in order, then 4, bytes of the middle"
+    every[name] = losses(out, windows)[0]
+    print(row(name, weight_bytes(out), every[name], float_losses, tokens, 0), flush=True)
     training = {"max_steps": 50, "batch_size": 16, "learning_rate": 3e-4, "validation": 0.01, "eval_steps": 25}
     judge("int4, per row, trained 50 steps", {"precision": "int4", "group_size": "per-row", "train": training})
+    judge("mixed, bytes of the middle, trained 50 steps", {"mixed": {"budget": middle}, "train": training})
+    print("\n| mixed | beside | perplexity against it [95 %] |\n| --- | --- | --- |")
+    pairs = {
+        "mixed, bytes of int4 g32": "int4, groups of 32, rtn",
+        "mixed, bytes of the middle": name,
+        "mixed, bytes of int8": "int8",
+    }
+    for ours, theirs in pairs.items():
+        print(f"| {ours} | {theirs} | {change(every[ours], every[theirs], tokens)} |")
 
 
 if __name__ == "__main__":

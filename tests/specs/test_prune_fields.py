@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "block_size": 8,
     "keep": "25%",
     "parts": ["ffn"],
+    "hidden_by": "pca",
     "stacks": ["decoder"],
     "importance": "taylor",
     "multiple_of": 4,
@@ -93,6 +94,7 @@ def test_a_missing_field_is_named_with_an_example(method: str, group: tuple[str,
         ("magnitude", {"sparsity": 0.5, "mask_steps": 5}, "`mask_steps` is for a sparsity that rises"),
         ("wanda", {"sparsity": 0.5, "recover": {"keep_zeros": False}}, "leave keep_zeros out"),
         ("width", {"keep": 0.5, "parts": ["ffn", "ffn"]}, "names the same twice"),
+        ("width", {"keep": 0.5, "parts": ["ffn"], "hidden_by": "pca"}, "write for example parts: [heads, ffn, hidden]"),
     ],
 )
 def test_fields_that_do_not_go_together(method: str, fields: dict[str, Any], message: str) -> None:

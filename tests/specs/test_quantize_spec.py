@@ -24,6 +24,7 @@ def _spec(**fields: Any) -> QuantizeSpec:
         ({"precision": "int4", "group_size": 128}, "int4", "packed", False),
         ({"precision": "int4", "algorithm": "gptq", "damping": "1%", "act_order": True}, "int4", "packed", True),
         ({"mixed": {"budget": "8 MiB"}, "algorithm": "awq", "samples": 16}, "mixed", "packed", True),
+        ({"mixed": {"budget": "8 MiB"}, "train": {"epochs": 1}}, "mixed", "packed", True),
         ({"precision": "int8", "sensitivity": True, "samples": 16}, "int8", "packed", True),
         ({"precision": "fp16", "error": {"at_most": "1%"}}, "fp16", "model", False),
         ({"precision": "int4", "train": {"epochs": 1}, "embeddings": False}, "int4", "packed", False),
@@ -39,7 +40,7 @@ def test_what_goes_together(fields: dict[str, Any], stored: str, kind: str, cali
     [
         ({"mixed": {"budget": "8 MiB"}, "precision": "int4"}, "precision", "leave precision out"),
         ({"mixed": {"budget": "8 MiB"}, "sensitivity": False}, "sensitivity", "leave sensitivity out"),
-        ({"mixed": {"budget": "8 MiB"}, "train": {"epochs": 1}}, "train", "write precision: int4 or int8"),
+        ({"mixed": {"budget": "8 MiB"}, "algorithm": "gptq", "train": {"epochs": 1}}, "algorithm", "or train"),
         ({"precision": "fp16", "skip": ("lm_head",)}, "skip", "skip does not go with precision: fp16"),
         ({"precision": "bf16", "train": {"epochs": 1}}, "train", "converts the whole file; leave it out"),
         ({"precision": "fp16", "embeddings": True}, "embeddings", "leave it out"),

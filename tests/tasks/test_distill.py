@@ -131,9 +131,9 @@ def test_a_student_of_its_own_configuration(tmp_path, made, kind, config):
         assert type(plain).__name__ == "DistilBertForSequenceClassification"
 
 
-@pytest.mark.parametrize("kind", ["llama", "marian"])
+@pytest.mark.parametrize("kind", ["llama", "marian", "whisper"])
 def test_the_teacher_writes_what_is_learned(tmp_path, made, kind):
-    beams = {"beams": 2} if kind == "marian" else {}
+    beams = {"beams": 2} if kind != "llama" else {}
     result, ctx, _ = _run(tmp_path, made, kind, student={"layers": 1}, data="teacher-generated", **beams)
     assert result.properties["distillation"]["examples"]["teacher-generated"] > 0
     teacher, data = made[kind]
@@ -151,6 +151,15 @@ def test_the_teacher_writes_what_is_learned(tmp_path, made, kind):
             prompt = max(1, int(encoded.lengths()[row]) // 4)
             written = taught.data.input_ids[count + row]
             assert written[:prompt].tolist() == encoded.input_ids[row, :prompt].tolist()
+    elif kind == "whisper":
+        model, row = load(teacher), 3
+        assert np.array_equal(taught.data.features_of(count + row), encoded.features_of(row))
+        assert np.array_equal(taught.data.lengths(), np.tile(encoded.lengths(), 2))
+        batch = Batches(encoded, 0.0, 1, 0, "cpu").tensors(np.array([row]))
+        ids = torch.tensor([[model.config.decoder_start_token_id]])
+        found = _beams(model, batch["input_features"], ids, 2, data.max_length)
+        length = int(taught.data.target_mask[count + row].sum())
+        assert taught.data.target_ids[count + row, :length].tolist() == found[:length]
     else:
         assert np.array_equal(taught.data.input_ids[:count], taught.data.input_ids[count:])
         model, row = load(teacher), 3
@@ -164,7 +173,28 @@ def test_the_teacher_writes_what_is_learned(tmp_path, made, kind):
     assert set(batches.train) == {count + row for row in range(count)} - {count + row for row in batches.validation}
 
 
-@pytest.mark.parametrize("kind", ["llama", "marian"])
+def _beams(model, features, ids, beams, limit):
+    """The likeliest continuation of ``ids`` by a naive search without cache, by its mean over its tokens."""
+    running, done = [(0.0, ids)], []
+    end = model.config.eos_token_id
+    for _ in range(limit):
+        found = []
+        for score, text in running:
+            with torch.no_grad():
+                logs = model(input_features=features, decoder_input_ids=text).logits[0, -1].log_softmax(-1)
+            best = logs.topk(2 * beams)
+            found += [
+                (score + float(log), torch.cat([text, token.view(1, 1)], 1))
+                for log, token in zip(best.values, best.indices, strict=True)
+            ]
+        found.sort(key=lambda pair: -pair[0])
+        done += [pair for pair in found[: 2 * beams] if pair[1][0, -1] == end]
+        running = [pair for pair in found if pair[1][0, -1] != end][:beams]
+    texts = sorted(done + running, key=lambda pair: -pair[0] / (pair[1].shape[1] - 1))
+    return texts[0][1][0, 1:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "marian", "whisper"])
 def test_the_student_writes_for_itself_and_does_so_again(tmp_path, made, kind):
     fields = {"student": {"layers": 1}, "on_policy": {"share": 1.0}, "alpha": 0.0, "validation": 0}
     first = _run(tmp_path / "a", made, kind, **fields)[1]
@@ -189,6 +219,50 @@ def test_only_what_the_student_wrote_is_scored():
     for ids, mask in zip(made["input_ids"].tolist(), made["attention_mask"].tolist(), strict=True):
         ended = [at for at in range(prompt, len(ids)) if ids[at] == 2]
         assert sum(mask) == (ended[0] + 1 if ended else len(ids))
+
+
+def test_what_whisper_writes_begins_with_the_marks_of_the_data():
+    """Language and task are given, not written; what it samples comes behind them and alone is scored."""
+    from tasks.compress.reading import reader
+    from tasks.compress.written import own_batches
+
+    model = tiny.writer("whisper")
+    model.generation_config.lang_to_id = {"<|en|>": 30}
+    model.generation_config.task_to_id = {"transcribe": 31}
+    batch = Batches(tiny.recordings("whisper", 4), 0.0, 4, 0, "cpu").tensors(np.arange(4))
+    marks = torch.tensor([[30, 31]]).expand(4, 2)
+    batch["labels"] = torch.cat([marks, batch["labels"]], 1)
+    torch.manual_seed(0)
+    made = own_batches("speech-recognition", 1.0)(model, batch)
+    assert torch.equal(made["labels"][:, :2], marks)
+    assert made["labels"].shape[1] <= batch["labels"].shape[1]
+    assert torch.equal(made["input_features"], batch["input_features"])
+    reading = reader("speech-recognition", "encoder-decoder")(model, made)
+    assert torch.equal(reading.labels, made["labels"][:, 2:][made["labels"][:, 2:] != -100])
+    for row in made["labels"].tolist():
+        ended = [at for at, token in enumerate(row) if token == 2]
+        assert [token for token in row if token != -100] == row[: ended[0] + 1 if ended else len(row)]
+    # The same draws as a sampler without cache, which is given all tokens anew each time.
+    torch.manual_seed(0)
+    text = torch.cat([torch.full((4, 1), model.config.decoder_start_token_id), marks], 1)
+    with torch.no_grad():
+        for _ in range(made["labels"].shape[1] - 2):
+            logits = model(input_features=batch["input_features"], decoder_input_ids=text).logits[:, -1]
+            text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1)], 1)
+    real = made["labels"] != -100
+    assert torch.equal(text[:, 1:][real], made["labels"][real])
+
+
+def test_a_model_of_ctc_writes_nothing(tmp_path, made):
+    teacher = json.loads((made["wav2vec2"][0] / "config.json").read_text())
+    for name, fields in {"data": {"data": "teacher-generated"}, "on_policy": {"on_policy": {}}}.items():
+        problems, _ = look(_spec(student={"layers": 1}, **fields), teacher, "speech-recognition", 32)
+        assert problems == [
+            f"{name}: a model of CTC names each frame by itself and writes nothing that it could learn from; leave "
+            f"{name} out"
+        ]
+    with pytest.raises(StepError, match="on_policy: a model of CTC"):
+        _run(tmp_path, made, "wav2vec2", student={"layers": 1}, on_policy={})
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "marian"])
@@ -222,7 +296,7 @@ def test_changed_copies_stay_on_the_side_of_their_original(tmp_path, made):
     roles = Roles(np.ones(40, bool), np.arange(40) < 10, np.concatenate([np.arange(10), origin]))
     from tasks.compress.lessons import joined
 
-    batches = Batches(joined([data, copies]), 0.3, 4, 0, "cpu", roles=roles)
+    batches = Batches(joined([data, copies], tmp_path), 0.3, 4, 0, "cpu", roles=roles)
     assert len(batches.validation) == 3
     assert len(batches.train) == 7 * 4
     assert not set(roles.origin[batches.train]) & set(batches.validation)
@@ -338,9 +412,9 @@ def test_pairs_that_do_not_go_together(tmp_path, made):
     three = tiny_model(tmp_path / "three", "bert", "text-classification", labels=3)
     with pytest.raises(StepError, match=r"knows 2 labels \(negative, positive\) and the student 3 \(class0, "):
         _run(tmp_path / "a", made, "bert", taught=three)
-    strange = tiny_model(tmp_path / "strange", "bert", "text-classification", vocab_size=300)
+    strange = tiny_model(tmp_path / "strange", "llama", "text-generation", vocab_size=300)
     with pytest.raises(StepError, match=r"vocabulary \(300 tokens\) is not the teacher's \(320.*instead of needs"):
-        _run(tmp_path / "b", made, "bert", taught=strange)
+        _run(tmp_path / "b", made, "llama", taught=strange)
     writes = tiny_model(tmp_path / "writes", "llama", "text-generation")
     with pytest.raises(StepError, match="the student does text-generation and the teacher text-classification"):
         _run(tmp_path / "c", made, "bert", taught=writes)
@@ -350,6 +424,24 @@ def test_pairs_that_do_not_go_together(tmp_path, made):
     wider = tiny_model(tmp_path / "wav", "wav2vec2", "speech-recognition", conv_stride=[5, 4, 2])
     with pytest.raises(StepError, match="another number of frames"):
         _run(tmp_path / "e", made, "wav2vec2", taught=wider)
+
+
+@pytest.mark.parametrize("broken", ["teacher", "student"])
+def test_weights_that_are_no_numbers_teach_and_learn_nothing(tmp_path, made, broken):
+    from tasks.models import save
+
+    teacher, data = made["bert"]
+    network = load(teacher)
+    with torch.no_grad():
+        network.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    save(network, tmp_path / "broken", tokenizer_from=teacher)
+    pair = {"teacher": teacher, "student": teacher, broken: tmp_path / "broken"}
+    events = []
+    ctx = context(tmp_path / "run", "text-classification", data, emit=events.append)
+    with pytest.raises(StepError, match=r"layer\.0\.output\.dense\.weight holds weights that are not finite"):
+        distill(as_artifact(pair["student"]), as_artifact(pair["teacher"]), spec=_spec(), ctx=ctx)
+    assert events == []
+    assert list(ctx.out.iterdir()) == []
 
 
 def test_labels_in_another_order_are_put_in_order(tmp_path, made):

@@ -7,6 +7,7 @@ import transformers
 
 from specs.schema.steps.distill import StudentSpec
 from tasks.compress.student import build, importance, picked, plan
+from tasks.compress.width import ffn_name
 from tasks.context import StepError
 from tasks.models import load, save
 from tasks.models.anatomy import anatomy
@@ -95,7 +96,7 @@ def test_channels_that_do_nothing_are_what_is_cut(kind):
     spec = StudentSpec(heads=2, ffn=anatomy(teacher).stacks[0].blocks[0].ffn.width // 2)
     scores = importance(teacher, _data(kind))
     for block in anatomy(teacher).blocks:
-        for part in (*(a.output for a in block.attentions), block.ffn.down):
+        for part in (*(a.output for a in block.attentions), ffn_name(block)):
             scores[part][: len(scores[part]) // 2] = 0
     from tasks.compress.student import apply
 
@@ -139,8 +140,9 @@ def test_what_matters_is_kept_and_not_what_comes_first():
     with torch.no_grad():
         teacher.bert.encoder.layer[0].intermediate.dense.bias[40:] += 10
     chosen = plan(teacher, StudentSpec(ffn=24), importance(teacher, tiny.sentences(8)))
-    assert chosen.stacks[0].ffn[0].tolist() == list(range(40, 64))
-    assert plan(teacher, StudentSpec(ffn=24), {}).stacks[0].ffn[0].tolist() == list(range(24))
+    first = ffn_name(next(anatomy(teacher).blocks))
+    assert chosen.kept[first] == list(range(40, 64))
+    assert plan(teacher, StudentSpec(ffn=24), {}).kept[first] == list(range(24))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,8 @@ def test_sizes_that_cannot_be(kind, shape, message):
 def test_grouped_channels_of_a_convolution_stay_with_their_group():
     teacher = tiny.writer("wav2vec2")
     student = build(teacher, StudentSpec(hidden=16), tiny.recordings("wav2vec2", 8))
-    kept = plan(teacher, StudentSpec(hidden=16), importance(teacher, tiny.recordings("wav2vec2", 8))).width
+    scores = importance(teacher, tiny.recordings("wav2vec2", 8))
+    kept = torch.tensor(plan(teacher, StudentSpec(hidden=16), scores).kept["hidden"])
     assert torch.bincount(kept // 8).tolist() == [4, 4, 4, 4]
     ours, theirs = (model.wav2vec2.encoder.pos_conv_embed.conv for model in (student, teacher))
     for out in range(16):

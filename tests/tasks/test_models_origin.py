@@ -91,6 +91,16 @@ def test_halves_stay_halves(tmp_path, llama, text_data):
     assert next(load(out).parameters()).dtype == torch.float32
 
 
+def test_weights_that_are_no_numbers_do_not_come_in(tmp_path, llama, text_data):
+    broken = load(llama)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+    save(broken, tmp_path / "broken", llama)
+    with pytest.raises(StepError, match=r"layers\.1\.mlp\.up_proj\.weight holds weights that are not finite; take"):
+        bring(tmp_path / "run", "text-generation", text_data, ModelSpec(source=str(tmp_path / "broken")))
+    assert not list((tmp_path / "run" / "out").glob("*.safetensors"))
+
+
 def base_of(folder: Path, to: Path) -> Path:
     """The encoder alone of a classifier, as sentence-transformers saves it."""
     save(load(folder).bert, to, folder)  # type: ignore[arg-type]

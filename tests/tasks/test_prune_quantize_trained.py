@@ -13,6 +13,7 @@ from specs.schema.pipeline import DataSpec, ModelSpec
 from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
+from tasks.compress import few_bits, simulate
 from tasks.compress.masks import magnitude_masks
 from tasks.compress.prune import prune
 from tasks.compress.quantize import quantize
@@ -183,6 +184,42 @@ def test_calibration_and_training_win_back_what_int4_lost(trained, int4):
     assert int4["train"][0].warnings == ()
     sizes = {result.properties["weight_bytes"] for result, _ in int4.values()}
     assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_training_wins_back_what_mixed_bits_lost(trained, int4, monkeypatch):
+    """Each layer is trained in the bits that the budget left it, and stored in them."""
+    artifact, _, context = trained
+    seen = {}
+
+    def simulated(network, weights, inputs):
+        row = torch.linspace(-1, 1, 64)[None]
+        seen.update((name, int(change(row).unique().numel())) for name, change in weights.items())
+        return simulate.simulated(network, weights, inputs)
+
+    monkeypatch.setattr(few_bits, "simulated", simulated)
+    budget = int(1.1 * int4["rtn"][0].properties["weight_bytes"])
+    lost, bits = {}, {}
+    training = {**TRAINING, "max_steps": 30, "learning_rate": 1e-3, "eval_steps": 10}
+    for name, fields in {"mixed": {}, "trained": {"train": training}}.items():
+        ctx = context(name)
+        spec = QuantizeSpec(
+            uses="quantize",
+            id="q",
+            group_size="per-row",
+            embeddings=False,
+            mixed={"budget": budget},
+            samples=8,
+            **fields,
+        )
+        result = quantize(artifact, spec=spec, ctx=ctx)
+        assert result.properties["weight_bytes"] <= budget
+        lost[name], bits[name] = _perplexity(ctx.out, ctx) - _perplexity(artifact.path, ctx), result.properties["bits"]
+    assert lost["trained"] < 0.7 * lost["mixed"], lost
+    assert bits["trained"] == bits["mixed"]
+    assert len(set(bits["mixed"].values())) > 1
+    assert {name: 4 if levels <= 16 else 8 for name, levels in seen.items() if bits["mixed"][name] < 16} == {
+        name: width for name, width in bits["mixed"].items() if width < 16
+    }
 
 
 def test_a_large_error_is_a_warning(trained, tmp_path):

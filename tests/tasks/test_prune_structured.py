@@ -430,6 +430,40 @@ def test_the_largest_shape_that_is_fast_enough_stays(monkeypatch, tmp_path):
         search.by_time(smaller, scores, tiny.language(4), parse_keep("1 us"), ctx)
 
 
+@pytest.mark.parametrize("method", ["width", "depth"])
+def test_the_step_keeps_as_much_as_a_time_allows(monkeypatch, tmp_path, llama, text_data, method):
+    """On a machine whose times are known: a microsecond for every thousand parameters."""
+    timed = []
+
+    def seconds(network: Any, given: Any, ctx: Any) -> float:
+        timed.append(parameters(network))
+        return timed[-1] * 1e-9
+
+    monkeypatch.setattr(search, "_seconds", seconds)
+    network = load(llama)
+    smaller = way(network, method=method)
+    sizes = [parameters(cut.shell(network, smaller.config(shape))) for shape in search.shapes(smaller)]
+    limit = (sizes[0] + sizes[-1]) // 2
+    ctx = context(tmp_path, "text-generation", text_data)
+    result = prune(as_artifact(llama), spec=spec(method, keep=f"{limit / 1e6} ms", calibration_examples=4), ctx=ctx)
+    best = max(size for size in sizes if size <= limit)
+    assert parameters(load(ctx.out)) == best == result.properties["parameters"]
+    candidates = result.properties["candidates"]
+    assert [one["seconds"] for one in candidates] == sorted((size * 1e-9 for size in set(timed)), reverse=True)
+    assert {"shape": {name: new for name, (_, new) in result.properties["shape"].items()}, "seconds": best * 1e-9} in (
+        candidates
+    )
+    assert "another machine, or a busy one, may choose another" in result.warnings[0]
+
+
+def test_a_time_that_cannot_be_met_leaves_nothing(monkeypatch, tmp_path, llama, text_data):
+    monkeypatch.setattr(search, "_seconds", lambda network, given, ctx: parameters(network) * 1e-9)
+    ctx = context(tmp_path, "text-generation", text_data)
+    with pytest.raises(StepError, match=r"keep: 1 us: the smallest shape .* takes .* ms; write more"):
+        prune(as_artifact(llama), spec=spec(keep="1 us", calibration_examples=4), ctx=ctx)
+    assert list(ctx.out.iterdir()) == []
+
+
 def test_a_time_is_measured_alone_and_recorded(tmp_path, llama, text_data):
     held = []
 

@@ -48,6 +48,16 @@ def test_what_is_important_stays(trained, method, importance):
     assert loss(model) < loss(best) < loss(worst)
 
 
+def test_principal_directions_lose_less_than_single_numbers(trained):
+    model, ctx = trained
+    found = {}
+    for how in ("channels", "pca"):
+        spec = PruneSpec(uses="prune", id="p", method="width", keep="75%", parts=["hidden"], hidden_by=how)
+        way = _WAYS["width"](copy.deepcopy(model), spec)
+        found[how] = loss(way.cut(way.scores(tiny.language(), ctx), way.shape(0.75))[0])
+    assert loss(model) < found["pca"] < found["channels"], found
+
+
 def test_training_brings_the_quality_back(trained, tmp_path):
     model, ctx = trained
     way = _WAYS["width"](copy.deepcopy(model), PruneSpec(uses="prune", id="p", method="width", keep="50%"))

@@ -12,7 +12,7 @@ from specs.schema.steps.finetune import TrainingSpec
 from specs.schema.units import Share
 
 _TEXT: tuple[Task, ...] = ("text-generation", "text-classification", "translation")
-_WRITTEN: tuple[Task, ...] = ("text-generation", "translation")
+_WRITTEN: tuple[Task, ...] = ("text-generation", "translation", "speech-recognition")
 
 
 class StudentSpec(SpecModel):
@@ -100,7 +100,7 @@ class DistillSpec(StepSpec, TrainingSpec):
     only: ClassVar[Mapping[str, tuple[Task, ...]]] = {
         **TrainingSpec.only,
         "data": _WRITTEN,
-        "beams": ("translation",),
+        "beams": ("translation", "speech-recognition"),
         "on_policy": _WRITTEN,
         "unlabelled": _TEXT,
         "augment": ("text-classification",),
@@ -143,15 +143,19 @@ class DistillSpec(StepSpec, TrainingSpec):
     )
     data: Literal["training", "teacher-generated"] = Field(
         default="training",
-        description="teacher-generated: the teacher writes the targets, or continues the beginnings of the texts",
+        description="teacher-generated: the teacher writes the targets, or continues the beginnings of the texts; not "
+        "for models of CTC, which write nothing",
     )
     beams: int = Field(
-        default=1, gt=0, le=64, description="beams with which the teacher translates (data: teacher-generated)"
+        default=1,
+        gt=0,
+        le=64,
+        description="beams with which the teacher translates or transcribes (data: teacher-generated)",
     )
     on_policy: OnPolicySpec | None = Field(
         default=None,
         examples=["{share: 50%}"],
-        description="a share of the batches is what the student writes itself; default: none",
+        description="a share of the batches is what the student writes itself (not CTC); default: none",
     )
     unlabelled: str | None = Field(
         default=None,

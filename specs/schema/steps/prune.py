@@ -46,7 +46,9 @@ FIELDS: Mapping[Method, MethodFields] = {
     "movement": MethodFields((("sparsity",), ("recover",)), ("scope", "ramp", "mask_steps")),
     "wanda": MethodFields((("sparsity", "pattern"),), ("calibration_examples", "recover")),
     "sparsegpt": MethodFields((("sparsity", "pattern"),), ("calibration_examples", "damping", "block_size", "recover")),
-    "width": MethodFields((("keep",),), ("parts", "multiple_of", "importance", "calibration_examples", "recover")),
+    "width": MethodFields(
+        (("keep",),), ("parts", "hidden_by", "multiple_of", "importance", "calibration_examples", "recover")
+    ),
     "depth": MethodFields((("keep",),), ("stacks", "importance", "calibration_examples", "recover")),
     "vocabulary": MethodFields((), ("recover",)),
 }
@@ -130,6 +132,12 @@ class PruneSpec(StepSpec):
         "configuration ties the size of a head to the hidden size (BERT, GPT-2, BART, Whisper, wav2vec2: there heads "
         "go only together with hidden)",
     )
+    hidden_by: Literal["channels", "pca"] = Field(
+        default="channels",
+        description="how the hidden size becomes smaller (method width, parts with hidden): channels keeps the numbers "
+        "of most importance; pca turns them first so that the directions of most variance stay (SliceGPT), for models "
+        "that normalise before every block (Llama, Mistral, Qwen, GPT-2); a tied head becomes a table of its own",
+    )
     stacks: tuple[Side, ...] = Field(
         default=(),
         examples=["[decoder]"],
@@ -210,6 +218,8 @@ class PruneSpec(StepSpec):
             for name, value in (("scope", "layer"), ("schedule", "one-shot")):
                 if getattr(self, name) != value:
                     raise FieldError(name, f"a pattern holds in every layer and from the start; write {name}: {value}")
+        if self.hidden_by == "pca" and "hidden" not in self.parts:
+            raise FieldError("hidden_by", "pca is about the hidden size; write for example parts: [heads, ffn, hidden]")
         if self.schedule == "cubic" and self.recover is None:
             raise FieldError("schedule", "cubic rises during `recover`; write for example recover: {epochs: 1}")
         if not self.gradual:

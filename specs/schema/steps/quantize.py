@@ -101,7 +101,8 @@ class QuantizeSpec(StepSpec):
     train: TrainingSpec | None = Field(
         default=None,
         examples=["{epochs: 1, learning_rate: 1e-4}"],
-        description="quantization-aware training before the weights are stored; default: none",
+        description="quantization-aware training before the weights are stored, with mixed in the bits that it chose; "
+        "default: none",
     )
     error: ErrorSpec | None = Field(
         default=None,
@@ -184,8 +185,6 @@ class QuantizeSpec(StepSpec):
             raise FieldError(
                 "algorithm", "with train the weights learn to be rounded to the nearest; leave algorithm out, or train"
             )
-        if self.train is not None and self.mixed is not None:
-            raise FieldError("train", "train does not go with mixed; write precision: int4 or int8, or leave train out")
         self._means_something("group_size", self.weight_only, f"{stored} has one scale a row")
         self._means_something("samples", self.calibrates, "nothing here is calibrated")
         for name, algorithm in (("damping", "gptq"), ("act_order", "gptq"), ("alpha", "smoothquant")):
