@@ -1,0 +1,123 @@
+"""Adaptive input: precision and width of tokens' vectors by how much they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from specs.schema.base import RUNTIME_BYTES, FieldError, Kind, StepSpec, Task
+from specs.schema.steps.finetune import TrainingSpec
+from specs.schema.units import Bytes, Share, split_number
+
+
+def parse_ratio(value: Any) -> float:
+    """``24x`` or 24 to 24.0.
+
+    Raises:
+        ValueError: not a number above 1, or of a unit other than ``x``.
+    """
+    number, unit = split_number(value, "a ratio", "24x")
+    if unit not in ("", "x"):
+        raise ValueError(f"{value!r} is not a ratio: unit {unit!r} is unknown; write 24x")
+    if number <= 1:
+        raise ValueError(f"{value!r} makes nothing smaller; write a ratio above 1, for example 24x")
+    return number
+
+
+Ratio = Annotated[
+    float,
+    BeforeValidator(parse_ratio),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 1},
+                {"type": "string", "pattern": r"^\s*[0-9.]+\s*x?\s*$"},
+            ],
+            "description": "how many times smaller, for example 24x",
+        }
+    ),
+]
+
+Bits = Literal[16, 8, 6, 5, 4, 3, 2, 1]
+
+
+class HealSpec(TrainingSpec):
+    """A short distillation from the model before the step, on its outputs and on the vectors of the tokens. What is
+    rounded is rounded in every pass."""
+
+    only: ClassVar[Mapping[str, tuple[Task, ...]]] = TrainingSpec.only
+
+    learning_rate: float = Field(default=1e-3, gt=0, lt=10, description="the peak learning rate of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, lt=1, description="AdamW's weight decay")
+    trains: Literal["input", "model"] = Field(
+        default="input", description="what learns: the vectors of the tokens alone, or the rest of the model too"
+    )
+    alpha: Share = Field(
+        default=0.0, description="share of the loss of the data; the rest is what the model before the step says"
+    )
+    temperature: float = Field(default=1.0, gt=0, le=100, description="the temperature at which outputs are compared")
+    vectors: float = Field(
+        default=1.0, ge=0, le=1000, description="what the squared error of the vectors counts beside the outputs"
+    )
+
+
+class AdaptiveInputSpec(StepSpec):
+    """Make the embedding smaller by giving each token the precision that it needs. Tokens fall into bands by their
+    information, each band gets a rank and bits, and the allocation that loses least within the budget is solved from
+    error curves measured on the table. A tied output layer uses the same factors. The tokenizer stays as it is."""
+
+    uses: Literal["adaptive_input"]
+    budget: Bytes | None = Field(
+        default=None,
+        gt=0,
+        examples=["1.5 MiB"],
+        description="bytes that the file may hold of embeddings (and output layer), for example 1.5 MiB",
+    )
+    ratio: Ratio | None = Field(
+        default=None,
+        examples=["24x"],
+        description="the budget as a share of what float32 takes: how many times smaller, for example 24x",
+    )
+    information: Literal["unigram", "contextual"] = Field(
+        default="unigram",
+        description="how much a token tells: by its frequency in the training data, or by how little the model itself "
+        "foresees it (contextual; text-generation)",
+    )
+    bits: tuple[Bits, ...] = Field(
+        default=(16, 8, 6, 5, 4, 3, 2, 1),
+        min_length=1,
+        description="the bits that a band may have; [8] for a LiteRT file in int8, where fewer bits save nothing",
+    )
+    bands: int = Field(default=5, gt=0, le=16, description="bands of a table, at most; how many and where is chosen")
+    head: Literal["joint", "separate", "leave"] = Field(
+        default="joint",
+        description="an output layer of its own weights: in one budget with the embedding, as many times smaller as "
+        "the embedding, or left as it is",
+    )
+    heal: HealSpec | None = Field(
+        default=None,
+        examples=["{max_steps: 300}"],
+        description="distillation from the model before the step; default: none",
+    )
+    allow_noop: bool = Field(
+        default=False, description="whether the step passes the model on where the budget asks for nothing"
+    )
+
+    def gives(self, taken: tuple[Kind, ...]) -> Kind:
+        return "model"
+
+    def estimate(self, model: int) -> tuple[int, int]:
+        # Beside the artifact checkpoints of the healing; in memory the curves' copies of the table.
+        trained = 4 * model if self.heal is not None else 0
+        return model + trained, 4 * model + trained + 2 * RUNTIME_BYTES
+
+    @model_validator(mode="after")
+    def _one_size(self) -> AdaptiveInputSpec:
+        if (self.budget is None) == (self.ratio is None):
+            what = "says it twice" if self.budget is not None else "is missing"
+            raise FieldError("budget", f"the size {what}; write budget: 1.5 MiB or ratio: 24x, one of them")
+        if len(set(self.bits)) != len(self.bits):
+            raise FieldError("bits", "bits names a width twice; write each once, for example [8, 4, 2]")
+        return self

@@ -1,0 +1,141 @@
+"""From tables of tokens to bands: curves, the allocation within the budget, and the fit of what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tasks.adaptive_input.allocate import Chosen, allocate
+from tasks.adaptive_input.curves import Curves, Option, segments
+from tasks.adaptive_input.layout import Layout, index_bytes
+from tasks.adaptive_input.rounding import rounded
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from tasks.adaptive_input.information import Information
+
+_POINTS = 12
+"""Budgets for which the least error is drawn."""
+
+Say = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table in bands, not yet rounded.
+
+    Args:
+        layout: its bands.
+        band_of: the band of each token, int64 [V].
+        rows: of each band, float32 [count, rank], in the order of the ids.
+        projections: of each band, float32 [rank, D]; None where there is none.
+        cost: the share of the weighted energy that the measured curves say is lost.
+    """
+
+    layout: Layout
+    band_of: Tensor
+    rows: list[Tensor]
+    projections: list[Any] = field(repr=False)
+    cost: float = 0.0
+
+
+class Measured:
+    """Tables with their curves, from which an allocation for any budget follows.
+
+    Args:
+        weights: the tables, float [V, D].
+        information: of their tokens.
+        bits: that a band may have.
+        most: bands of a table.
+        generator: draws the rotations.
+        say: is told runs done and in all.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        information: Information,
+        bits: Sequence[int],
+        most: int,
+        generator: Generator,
+        say: Say | None = None,
+    ) -> None:
+        import torch
+
+        self.order = torch.from_numpy(information.order)
+        counted = torch.from_numpy(information.weights)[self.order]
+        borders = segments(counted.numpy(), information.counts[information.order])
+        self.most = most
+        self.curves = [Curves(weight.float()[self.order], counted, borders, generator) for weight in weights]
+        self.options: list[dict[tuple[int, int], list[Option]]] = [{} for _ in self.curves]
+        jobs = [(at, run) for at, curves in enumerate(self.curves) for run in curves.runs()]
+        for done, (at, run) in enumerate(jobs, start=1):
+            if most == 1 and run != (0, self.curves[at].segments):
+                continue
+            self.options[at][run] = self.curves[at].options(run, bits)
+            if say is not None:
+                say(done, len(jobs), "runs")
+
+    def frontier(self, at: int) -> tuple[list[int], list[float]]:
+        """Bytes, and the least cost that the table at ``at`` has with them, at so many sizes between the smallest and
+        the largest."""
+        curves = self.curves[at]
+        every = [option for found in self.options[at].values() for option in found]
+        low = min(option.bytes for option in self.options[at][0, curves.segments])
+        high = max(option.bytes for option in every)
+        sizes, costs = [], []
+        for step in range(_POINTS):
+            budget = int(low * (high / low) ** (step / (_POINTS - 1))) + index_bytes(len(self.order))
+            chosen = self._solve(budget, [at])
+            if chosen is not None:
+                sizes.append(budget)
+                costs.append(sum(self.options[at][start, end][option].cost for start, end, option in chosen[0]))
+        return sizes, costs
+
+    def allocate(self, budget: int, tables: Sequence[int] | None = None) -> list[Fitted] | None:
+        """The bands of all tables, or of those at ``tables``, that together lose least within ``budget`` bytes; None
+        where nothing fits."""
+        at = list(range(len(self.curves))) if tables is None else list(tables)
+        chosen = self._solve(budget, at)
+        return None if chosen is None else [self._fit(one, bands) for one, bands in zip(at, chosen, strict=True)]
+
+    def _solve(self, budget: int, at: Sequence[int]) -> list[Chosen] | None:
+        runs = [
+            (
+                self.curves[one].segments,
+                {run: [(option.bytes, option.cost) for option in found] for run, found in self.options[one].items()},
+            )
+            for one in at
+        ]
+        return allocate(runs, self.most, budget - sum(index_bytes(len(self.order)) for _ in at))
+
+    def _fit(self, at: int, chosen: Chosen) -> Fitted:
+        import torch
+
+        curves, options = self.curves[at], self.options[at]
+        bands = [((start, end), options[start, end][number]) for start, end, number in chosen]
+        band_of = torch.empty(len(self.order), dtype=torch.int64)
+        rows, projections = [], []
+        for number, (run, option) in enumerate(bands):
+            ids = self.order[curves.borders[run[0]] : curves.borders[run[1]]]
+            band_of[ids] = number
+            fitted, projection = curves.fit(run, option.band)
+            rows.append(fitted[ids.argsort()].contiguous())
+            projections.append(projection)
+        layout = Layout(len(self.order), curves.width, tuple(option.band for _, option in bands))
+        return Fitted(layout, band_of, rows, projections, sum(option.cost for _, option in bands))
+
+
+def expanded(fitted: Fitted) -> Tensor:
+    """The table [V, D] that a fit stands for once it is rounded."""
+    import torch
+
+    from tasks.adaptive_input.layout import positions, projection_bits
+
+    parts = []
+    for band, rows, projection in zip(fitted.layout.bands, fitted.rows, fitted.projections, strict=True):
+        kept = rounded(rows, band.bits)
+        parts.append(kept if projection is None else kept @ rounded(projection, projection_bits(band.bits)))
+    return torch.cat(parts)[positions(fitted.band_of, fitted.layout)]
