@@ -11,6 +11,7 @@ from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input import information as info
 from tasks.adaptive_input import table
 from tasks.adaptive_input.bands import Fitted, Measured
+from tasks.adaptive_input.curves import Metric, metric
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, size_problem
 from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 _TURNS = 0x74757266
 """Salt of the stream that draws rotations."""
+
+_OBSERVED = 64
+"""Training examples that show what comes into an output layer."""
+
+SHARED, ALONE = 0.5, 0.95
+"""What the error of the scores counts in a table that is looked up too, and in one that is not, beside that of the
+vectors."""
 
 _JUDGED = 64
 """Training examples on which each band's tokens are foretold before and after."""
@@ -69,7 +77,8 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     ctx.note("measuring what bands lose")
     generator = ctx.generator(_TURNS)
     weights = [place.weight for place in found]
-    measured = Measured(weights, told, spec.bits, spec.bands, generator, ctx.progress)
+    metrics = _metrics(network, found, model, ctx)
+    measured = Measured(weights, metrics, told, spec.bits, spec.bands, generator, ctx.progress)
     fitted = _allocated(measured, found, budget, spec)
     judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
     before = None if judged is None else info.surprise(network, judged, len(told.counts))
@@ -124,6 +133,26 @@ def _information(network: Any, data: Encoded, rows: int, spec: AdaptiveInputSpec
     return info.contextual(counts, *info.surprise(network, data.take(drawn.sort().values.numpy()), rows, ctx.progress))
 
 
+def _metrics(network: Any, found: Sequence[Place], model: Artifact, ctx: StepContext) -> list[Metric]:
+    """What a difference of vectors counts in each table: in one with a head, what it does to the scores too."""
+    from tasks.compress.calibrate import observe, sample
+
+    heads = {name: number for number, place in enumerate(found) for name in place.heads}
+    moments: dict[int, Any] = {}
+
+    def see(name: str, given: Any) -> None:
+        at = heads[name]
+        moments[at] = moments.get(at, 0) + given.double().T @ given.double()
+
+    if heads:
+        ctx.note("looking at what comes into the output layer")
+        observe(network, heads, sample(model, _OBSERVED, ctx), see)
+    return [
+        metric(place.weight.shape[1], moments.get(at), SHARED if place.embeddings else ALONE)
+        for at, place in enumerate(found)
+    ]
+
+
 def _allocated(measured: Measured, found: Sequence[Place], budget: int, spec: AdaptiveInputSpec) -> list[Fitted]:
     if spec.head == "joint" or len(found) == 1:
         fitted = measured.allocate(budget)
@@ -164,7 +193,9 @@ def stored_table(fitted: Fitted) -> nn.Module:
     """A fit, rounded, as the module that is stored."""
     tensors = {}
     for number, band in enumerate(fitted.layout.bands):
-        tensors |= table.tensors_of(number, fitted.rows[number], fitted.projections[number], band.bits)
+        tensors |= table.tensors_of(
+            number, fitted.rows[number], fitted.projections[number], fitted.means[number], band.bits
+        )
     return table.stored(fitted.layout, fitted.band_of, tensors)
 
 

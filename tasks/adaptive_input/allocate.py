@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+UNITS = 4096
+
 Runs = Mapping[tuple[int, int], Sequence[tuple[int, float]]]
 """What a run of segments ``(from, to)`` can be as one band: its options as (bytes, cost)."""
 
@@ -28,21 +30,30 @@ class Front:
     option: np.ndarray
 
 
-def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int) -> list[Chosen] | None:
+def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: int = UNITS) -> list[Chosen] | None:
     """Cut every table into at most ``most`` bands and choose an option for each, so that the costs of all tables add up
     to the least that ``budget`` allows.
 
     Dynamic programming over segments, number of bands and bytes; only totals that no other beats in bytes and cost are
-    kept, which never loses the best (Nemhauser & Ullmann, 1969).
+    kept, which never loses the best (Nemhauser & Ullmann, 1969). Bytes are counted in units of ``budget / UNITS``,
+    rounded up, so that totals stay few: exact where the budget is at most ``UNITS`` bytes, and else as good as the best
+    within a budget that is smaller by a unit a band.
 
     Args:
         tables: of each the number of its segments and what every run of them can be.
         most: bands of a table.
         budget: bytes that all tables may take.
+        units: in which the bytes are counted.
 
     Returns:
         The bands of each table; of equal costs those with fewer bytes. None where even the smallest do not fit.
     """
+    unit = max(1, budget // units)
+    budget //= unit
+    tables = [
+        (count, {run: [(-(-size // unit), cost) for size, cost in options] for run, options in runs.items()})
+        for count, runs in tables
+    ]
     least = [min(size for size, _ in runs[0, count]) for count, runs in tables]
     fronts = [
         _cover(count, runs, most, budget - sum(least) + own) for (count, runs), own in zip(tables, least, strict=True)

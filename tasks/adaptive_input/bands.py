@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tasks.adaptive_input.allocate import Chosen, allocate
-from tasks.adaptive_input.curves import Curves, Option, segments
+from tasks.adaptive_input.allocate import UNITS, Chosen, allocate
+from tasks.adaptive_input.curves import Curves, Metric, Option, segments
 from tasks.adaptive_input.layout import Layout, index_bytes
-from tasks.adaptive_input.rounding import rounded
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from tasks.adaptive_input.information import Information
 
-_POINTS = 12
-"""Budgets for which the least error is drawn."""
+_POINTS, _COARSE = 12, 256
+"""Budgets for which the least error is drawn, and the units in which their bytes count."""
 
 Say = Callable[[float, float, str], None]
 
@@ -31,6 +30,7 @@ class Fitted:
         band_of: the band of each token, int64 [V].
         rows: of each band, float32 [count, rank], in the order of the ids.
         projections: of each band, float32 [rank, D]; None where there is none.
+        means: of each band, float32 [D].
         cost: the share of the weighted energy that the measured curves say is lost.
     """
 
@@ -38,6 +38,7 @@ class Fitted:
     band_of: Tensor
     rows: list[Tensor]
     projections: list[Any] = field(repr=False)
+    means: list[Tensor] = field(repr=False)
     cost: float = 0.0
 
 
@@ -46,6 +47,7 @@ class Measured:
 
     Args:
         weights: the tables, float [V, D].
+        metrics: what a difference of vectors counts in each.
         information: of their tokens.
         bits: that a band may have.
         most: bands of a table.
@@ -56,6 +58,7 @@ class Measured:
     def __init__(
         self,
         weights: Sequence[Tensor],
+        metrics: Sequence[Metric],
         information: Information,
         bits: Sequence[int],
         most: int,
@@ -68,7 +71,10 @@ class Measured:
         counted = torch.from_numpy(information.weights)[self.order]
         borders = segments(counted.numpy(), information.counts[information.order])
         self.most = most
-        self.curves = [Curves(weight.float()[self.order], counted, borders, generator) for weight in weights]
+        self.curves = [
+            Curves(weight.float()[self.order], counted, borders, generator, one)
+            for weight, one in zip(weights, metrics, strict=True)
+        ]
         self.options: list[dict[tuple[int, int], list[Option]]] = [{} for _ in self.curves]
         jobs = [(at, run) for at, curves in enumerate(self.curves) for run in curves.runs()]
         for done, (at, run) in enumerate(jobs, start=1):
@@ -88,7 +94,7 @@ class Measured:
         sizes, costs = [], []
         for step in range(_POINTS):
             budget = int(low * (high / low) ** (step / (_POINTS - 1))) + index_bytes(len(self.order))
-            chosen = self._solve(budget, [at])
+            chosen = self._solve(budget, [at], _COARSE)
             if chosen is not None:
                 sizes.append(budget)
                 costs.append(sum(self.options[at][start, end][option].cost for start, end, option in chosen[0]))
@@ -101,7 +107,7 @@ class Measured:
         chosen = self._solve(budget, at)
         return None if chosen is None else [self._fit(one, bands) for one, bands in zip(at, chosen, strict=True)]
 
-    def _solve(self, budget: int, at: Sequence[int]) -> list[Chosen] | None:
+    def _solve(self, budget: int, at: Sequence[int], units: int = UNITS) -> list[Chosen] | None:
         runs = [
             (
                 self.curves[one].segments,
@@ -109,7 +115,7 @@ class Measured:
             )
             for one in at
         ]
-        return allocate(runs, self.most, budget - sum(index_bytes(len(self.order)) for _ in at))
+        return allocate(runs, self.most, budget - sum(index_bytes(len(self.order)) for _ in at), units)
 
     def _fit(self, at: int, chosen: Chosen) -> Fitted:
         import torch
@@ -117,25 +123,13 @@ class Measured:
         curves, options = self.curves[at], self.options[at]
         bands = [((start, end), options[start, end][number]) for start, end, number in chosen]
         band_of = torch.empty(len(self.order), dtype=torch.int64)
-        rows, projections = [], []
+        rows, projections, means = [], [], []
         for number, (run, option) in enumerate(bands):
             ids = self.order[curves.borders[run[0]] : curves.borders[run[1]]]
             band_of[ids] = number
-            fitted, projection = curves.fit(run, option.band)
+            fitted, projection, mean = curves.fit(run, option.band)
             rows.append(fitted[ids.argsort()].contiguous())
             projections.append(projection)
+            means.append(mean)
         layout = Layout(len(self.order), curves.width, tuple(option.band for _, option in bands))
-        return Fitted(layout, band_of, rows, projections, sum(option.cost for _, option in bands))
-
-
-def expanded(fitted: Fitted) -> Tensor:
-    """The table [V, D] that a fit stands for once it is rounded."""
-    import torch
-
-    from tasks.adaptive_input.layout import positions, projection_bits
-
-    parts = []
-    for band, rows, projection in zip(fitted.layout.bands, fitted.rows, fitted.projections, strict=True):
-        kept = rounded(rows, band.bits)
-        parts.append(kept if projection is None else kept @ rounded(projection, projection_bits(band.bits)))
-    return torch.cat(parts)[positions(fitted.band_of, fitted.layout)]
+        return Fitted(layout, band_of, rows, projections, means, sum(option.cost for _, option in bands))

@@ -65,6 +65,33 @@ def ranks(width: int, count: int) -> list[int]:
     return [*dict.fromkeys(found), width]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a difference of vectors counts: ``‖x half‖²``; ``back`` undoes ``half``. Both [D, D]."""
+
+    half: Tensor
+    back: Tensor
+
+
+def metric(width: int, moment: Tensor | None, share: float) -> Metric:
+    """The metric in which a head's error is that of its scores.
+
+    Args:
+        width: of the vectors.
+        moment: the second moment of what comes into the head, [D, D]; None for a table that is looked up alone.
+        share: of the error of the scores, beside that of the vectors themselves.
+    """
+    import torch
+
+    whole = torch.eye(width, dtype=torch.float64)
+    if moment is not None:
+        scaled = moment.double() * (width / moment.double().trace().clamp_min(1e-30))
+        whole = (1 - share) * whole + share * scaled
+    values, vectors = torch.linalg.eigh(whole)
+    root = values.clamp_min(1e-6).sqrt()
+    return Metric((vectors * root @ vectors.T).float(), (vectors / root @ vectors.T).float())
+
+
 class Curves:
     """The error curves of every run of segments of a table.
 
@@ -73,12 +100,16 @@ class Curves:
         weights: what each token's error counts, float64 [V].
         borders: of the segments.
         generator: draws the rotations.
+        measure: what a difference counts.
     """
 
-    def __init__(self, table: Tensor, weights: Tensor, borders: Sequence[int], generator: Generator) -> None:
+    def __init__(
+        self, table: Tensor, weights: Tensor, borders: Sequence[int], generator: Generator, measure: Metric
+    ) -> None:
         self.table, self.weights, self.borders = table, weights, list(borders)
         self.width = table.shape[1]
-        self.energy = float((weights * table.double().square().sum(1)).sum()) or 1.0
+        self.measure = measure
+        self.energy = float((weights * self._squared(table)).sum()) or 1.0
         self._turns: dict[int, Tensor] = {}
         self._generator = generator
 
@@ -94,23 +125,22 @@ class Curves:
         """What a run can be as one band, by rank and bits, those left out that another beats in bytes and error."""
         import torch
 
-        rows, weights = self._part(run)
-        values, vectors = _principal(rows, weights)
+        rows, weights, mean = self._part(run)
+        rows = rows - mean
+        values, vectors = _principal(rows @ self.measure.half, weights)
         at = torch.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().long()
         some, counted = rows[at], weights[at] * (weights.sum() / weights[at].sum())
         found = []
         for rank in ranks(self.width, len(rows)):
-            whole = rank == self.width
-            lost = 0.0 if whole else float(values[rank:].sum())
-            basis = None if whole else self.turn(rank).T @ vectors[:, :rank].T
-            placed = some if basis is None else some @ basis.T
+            basis = None if rank == self.width else self._basis(vectors, rank)
+            lost = 0.0 if basis is None else float(values[rank:].sum())
+            placed = some if basis is None else some @ self.measure.half @ vectors[:, :rank] @ self.turn(rank)
+            wanted = some if basis is None else placed @ basis
             for each in bits:
                 kept = rounded(placed, each)
                 if basis is not None:
-                    kept, placed_back = kept @ rounded(basis, projection_bits(each)), placed @ basis
-                else:
-                    placed_back = some
-                wrong = float((counted * (kept - placed_back).double().square().sum(1)).sum())
+                    kept = kept @ rounded(basis, projection_bits(each))
+                wrong = float((counted * self._squared(kept - wanted)).sum())
                 band = Band(len(rows), rank, each)
                 found.append(Option(band, band_bytes(band, self.width), max(lost + wrong, 0.0) / self.energy))
         return _best(found)
@@ -124,8 +154,8 @@ class Curves:
             self._turns[rank] = torch.linalg.qr(drawn).Q.float()
         return self._turns[rank]
 
-    def fit(self, run: tuple[int, int], band: Band) -> tuple[Tensor, Tensor | None]:
-        """Rows [count, rank] and projection [rank, width] of a band, float32 and not yet rounded.
+    def fit(self, run: tuple[int, int], band: Band) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows [count, rank], projection [rank, width] and mean [width] of a band, float32 and not yet rounded.
 
         The projection spans the directions in which the weighted rows are largest (GroupReduce, Chen et al.,
         1806.06950). Rows are then fitted to the projection as it will be stored, and it to them, in turns, and what
@@ -133,17 +163,19 @@ class Curves:
         """
         import torch
 
-        rows, weights = self._part(run)
+        rows, weights, mean = self._part(run)
+        rows = rows - mean
         if band.rank == self.width:
-            return rows, None
-        _, vectors = _principal(rows, weights)
-        basis = self.turn(band.rank).T @ vectors[:, : band.rank].T
+            return rows, None, mean
+        seen = rows @ self.measure.half
+        basis = self._basis(_principal(seen, weights)[1], band.rank)
         best: tuple[float, Tensor, Tensor] | None = None
         for _ in range(_ROUNDS):
             stored = rounded(basis, projection_bits(band.bits))
-            placed = torch.linalg.lstsq(stored.T.double(), rows.T.double()).solution.T.float()
+            reached = (stored @ self.measure.half).T.double()
+            placed = torch.linalg.lstsq(reached, seen.T.double()).solution.T.float()
             kept = rounded(placed, band.bits)
-            lost = float((weights * (kept @ stored - rows).double().square().sum(1)).sum())
+            lost = float((weights * self._squared(kept @ stored - rows)).sum())
             if best is None or lost < best[0]:
                 best = lost, placed, basis
             heavy = kept.double() * weights[:, None]
@@ -151,11 +183,22 @@ class Curves:
             square += torch.eye(band.rank, dtype=torch.float64) * (1e-6 * float(square.trace()) / band.rank + 1e-30)
             basis = torch.linalg.solve(square, heavy.T @ rows.double()).float()
         assert best is not None
-        return best[1], best[2]
+        return best[1], best[2], mean
 
-    def _part(self, run: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _basis(self, vectors: Tensor, rank: int) -> Tensor:
+        """The projection [rank, D] onto the first of ``vectors`` [D, D], turned."""
+        return self.turn(rank).T @ vectors[:, :rank].T @ self.measure.back
+
+    def _squared(self, difference: Tensor) -> Tensor:
+        """What each row of a difference counts, float64 [N]."""
+        return (difference @ self.measure.half).double().square().sum(1)
+
+    def _part(self, run: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows and weights of a run, and the mean as it will be stored."""
         start, end = self.borders[run[0]], self.borders[run[1]]
-        return self.table[start:end], self.weights[start:end]
+        rows, weights = self.table[start:end], self.weights[start:end]
+        mean = (weights @ rows.double() / weights.sum()).half().float()
+        return rows, weights, mean
 
 
 def _principal(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

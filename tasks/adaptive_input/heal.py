@@ -37,6 +37,7 @@ def harden(soft: Any) -> nn.Module:
             tensors |= _hardened(soft, f"rows{number}", band.bits)
             if band.rank < soft.layout.width:
                 tensors |= _hardened(soft, f"projection{number}", plan.projection_bits(band.bits))
+            tensors |= _hardened(soft, f"mean{number}", 16)
     return table.stored(soft.layout, soft.band_of.cpu(), tensors)
 
 
@@ -140,6 +141,7 @@ def _soft() -> Any:
                 if band.rank < fitted.layout.width:
                     bits = plan.projection_bits(band.bits)
                     self._learn(f"projection{number}", fitted.projections[number], bits)
+                self._learn(f"mean{number}", fitted.means[number], 16)
 
         def _learn(self, name: str, values: Tensor, bits: int) -> None:
             self.register_parameter(name, nn.Parameter(values.clone()))
@@ -150,6 +152,9 @@ def _soft() -> Any:
 
         def scale(self, name: str) -> Tensor:
             return getattr(self, f"{name}_start") * getattr(self, f"{name}_log").exp()
+
+        def mean(self, number: int) -> Tensor:
+            return self._read(f"mean{number}", 0, 16)
 
         def _read(self, name: str, columns: int, bits: int) -> Tensor:
             values = getattr(self, name)

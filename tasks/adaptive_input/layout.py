@@ -77,10 +77,10 @@ def projection_bits(bits: int) -> int:
 
 
 def band_bytes(band: Band, width: int) -> int:
-    """Bytes of a band: codes, scales, and the projection with its scales where there is one."""
+    """Bytes of a band: codes, scales, the mean, and the projection with its scales where there is one."""
     if band.bits == FLOAT:
         return 4 * (band.count * band.rank + (band.rank * width if band.rank < width else 0)) + 2 * _HEADER
-    total, tensors = bytes_of(band.count, band.rank, band.bits), 1 + (band.bits < 16)
+    total, tensors = bytes_of(band.count, band.rank, band.bits) + 2 * width, 2 + (band.bits < 16)
     if band.rank < width:
         bits = projection_bits(band.bits)
         total, tensors = total + bytes_of(band.rank, width, bits), tensors + 1 + (bits < 16)

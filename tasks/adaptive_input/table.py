@@ -1,8 +1,9 @@
 """A table of tokens in bands, as modules that stand in a model for its embedding and its output layer.
 
-A token of a band has a row of ``rank`` numbers, and a projection [rank, width] makes the vector of it; a band of full
-rank has none. The embedding and a tied output layer share one ``Table``: the scores are ``(x projectionᵀ) rowsᵀ`` band
-by band, put into the order of the ids, and no dense copy is needed for them.
+A token of a band has a row of ``rank`` numbers, of which a projection [rank, width] makes its vector; a band of full
+rank has none. What the vectors of a band have in common, their mean, is stored once. The embedding and a tied output
+layer share one ``Table``: the scores are ``(x projectionᵀ) rowsᵀ + x mean`` band by band, put into the order of the
+ids, and no dense copy is needed for them.
 
 On a CPU the lookup reads a table that is expanded once, when it is first used: computing rows from factors in every
 call takes many times longer than copying them (``tests/bench/adaptive_input.py``). What is trained and what is exported
@@ -38,16 +39,19 @@ def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> nn
     return classes().Table(layout, plan.pack_index(band_of), tensors)
 
 
-def tensors_of(number: int, rows: Tensor, projection: Tensor | None, bits: int) -> dict[str, Tensor]:
+def tensors_of(number: int, rows: Tensor, projection: Tensor | None, mean: Tensor, bits: int) -> dict[str, Tensor]:
     """What the file holds of band ``number``: codes and scales, or floats.
 
     Args:
         number: of the band, from 0.
         rows: float [count, rank].
         projection: float [rank, width]; None where there is none.
+        mean: float [width]; what is trained from scratch has none.
         bits: of the rows.
     """
     found = _coded(f"rows{number}", rows, bits)
+    if bits != FLOAT:
+        found[f"mean{number}_half"] = mean.half()
     return (
         found if projection is None else found | _coded(f"projection{number}", projection, plan.projection_bits(bits))
     )
@@ -89,7 +93,8 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
         empty: dict[str, Tensor] = {}
         for number, band in enumerate(layout.bands):
             projection = torch.empty(band.rank, layout.width) if band.rank < layout.width else None
-            empty |= tensors_of(number, torch.zeros(band.count, band.rank), projection, band.bits)
+            rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
+            empty |= tensors_of(number, rows, projection, mean, band.bits)
         table = stored(layout, torch.zeros(layout.rows), empty)
         place(model, table, one["embeddings"], one["heads"])
 
@@ -112,7 +117,7 @@ def place(model: nn.Module, table: nn.Module, embeddings: Mapping[str, float], h
 
 def entry(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The transform that ``load`` replays, for tables as ``empty_tables`` takes them."""
-    return {"name": NAME, "tables": [dict(part) for part in parts]}
+    return {"name": NAME, "trains": True, "tables": [dict(part) for part in parts]}
 
 
 def _coded(name: str, rows: Tensor, bits: int) -> dict[str, Tensor]:
@@ -156,9 +161,9 @@ def classes() -> Any:
             return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
         @property
-        def trained(self) -> bool:
-            """Whether there is something to train in it, so that nothing may be kept between calls."""
-            return any(parameter.requires_grad for parameter in self.parameters())
+        def learns(self) -> bool:
+            """Whether gradients go into it."""
+            return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
         @property
         def band_of(self) -> Tensor:
@@ -182,6 +187,13 @@ def classes() -> Any:
                 return None
             return self._read(f"projection{number}", self.layout.width, plan.projection_bits(band.bits))
 
+        def mean(self, number: int) -> Tensor | None:
+            """What is added to the vectors of a band, float32 [width]; None where nothing is."""
+            name = f"mean{number}"
+            if self.layout.bands[number].bits == FLOAT:
+                return None
+            return self._once(name, lambda: getattr(self, f"{name}_half").float())
+
         def expanded(self) -> Tensor:
             """All rows in the order of the ids, float32 [rows, width]."""
             parts = [self._vectors(self.rows(number), number) for number in range(len(self.layout.bands))]
@@ -189,7 +201,7 @@ def classes() -> Any:
 
         def lookup(self, ids: Tensor) -> Tensor:
             """The vectors of ``ids`` [...], [..., width]."""
-            if torch.compiler.is_exporting() or self.trained:
+            if torch.compiler.is_exporting() or self.learns:
                 return self._from_factors(ids)
             return functional.embedding(ids, self._once("expanded", self.expanded))
 
@@ -211,12 +223,15 @@ def classes() -> Any:
             for number in range(len(self.layout.bands)):
                 projection = self.projection(number)
                 narrow = x if projection is None else functional.linear(x, projection.to(x.dtype))
-                parts.append(functional.linear(narrow, self.rows(number).to(x.dtype)))
+                scores = functional.linear(narrow, self.rows(number).to(x.dtype))
+                mean = self.mean(number)
+                parts.append(scores if mean is None else scores + functional.linear(x, mean[None].to(x.dtype)))
             return torch.cat(parts, -1).index_select(-1, self.positions)
 
         def _vectors(self, rows: Tensor, number: int) -> Tensor:
-            projection = self.projection(number)
-            return rows if projection is None else rows @ projection
+            projection, mean = self.projection(number), self.mean(number)
+            vectors = rows if projection is None else rows @ projection
+            return vectors if mean is None else vectors + mean
 
         def _read(self, name: str, columns: int, bits: int) -> Tensor:
             if bits == FLOAT:
@@ -233,11 +248,13 @@ def classes() -> Any:
             )
 
         def _once(self, name: str, make: Any) -> Tensor:
-            found = self._kept.get(name)
-            if found is None or found.device != self.index.device:
+            state = (self.index.device, *(parameter._version for parameter in self.parameters()))
+            known, found = self._kept.get(name, (None, None))
+            if known != state:
                 # What inference mode makes could not be used in a training later.
                 with torch.inference_mode(False), torch.no_grad():
-                    found = self._kept[name] = make()
+                    found = make()
+                self._kept[name] = state, found
             return found
 
         def _load_from_state_dict(self, *given: Any, **named: Any) -> None:

@@ -40,6 +40,11 @@ class Extras:
     aliases: Mapping[str, str] = field(default_factory=dict)
     compute_dtype: str | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether what the transforms leave of a model can be trained; each says so itself, by ``trains``."""
+        return all(entry.get("trains", False) for entry in self.transforms)
+
     def __bool__(self) -> bool:
         return bool(self.transforms or self.aliases or self.compute_dtype)
 
