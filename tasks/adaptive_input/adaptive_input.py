@@ -78,7 +78,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     generator = ctx.generator(_TURNS)
     weights = [place.weight for place in found]
     metrics = _metrics(network, found, model, ctx)
-    measured = Measured(weights, metrics, told, spec.bits, spec.bands, generator, ctx.progress)
+    measured = Measured(weights, metrics, told, spec.widths, spec.bands, generator, ctx.progress)
     fitted = _allocated(measured, found, budget, spec)
     judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
     before = None if judged is None else info.surprise(network, judged, len(told.counts))
@@ -238,7 +238,7 @@ def _result(
     if healed:
         summary += f"; healed: {healed}"
     in_int8 = sum(band.rank * band.count for one in fitted for band in one.layout.bands)
-    if in_int8 > sizes.budget:
+    if in_int8 > sizes.budget and spec.method == "banded":
         warnings.append(
             f"a LiteRT file in int8 gives every number of a row 8 bits, {size(in_int8)} in all and above the budget of "
             f"{size(sizes.budget)}; write bits: [8] where it has to hold there"

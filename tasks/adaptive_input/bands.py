@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.adaptive_input.allocate import UNITS, Chosen, allocate
 from tasks.adaptive_input.curves import Curves, Metric, Option, segments
 from tasks.adaptive_input.layout import Layout, index_bytes
+from tasks.adaptive_input.rounding import FLOAT
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -72,7 +73,7 @@ class Measured:
         borders = segments(counted.numpy(), information.counts[information.order])
         self.most = most
         self.curves = [
-            Curves(weight.float()[self.order], counted, borders, generator, one)
+            Curves(weight.float()[self.order], counted, borders, generator, one, FLOAT not in bits)
             for weight, one in zip(weights, metrics, strict=True)
         ]
         self.options: list[dict[tuple[int, int], list[Option]]] = [{} for _ in self.curves]

@@ -101,14 +101,21 @@ class Curves:
         borders: of the segments.
         generator: draws the rotations.
         measure: what a difference counts.
+        centred: whether bands have a mean.
     """
 
     def __init__(
-        self, table: Tensor, weights: Tensor, borders: Sequence[int], generator: Generator, measure: Metric
+        self,
+        table: Tensor,
+        weights: Tensor,
+        borders: Sequence[int],
+        generator: Generator,
+        measure: Metric,
+        centred: bool = True,
     ) -> None:
         self.table, self.weights, self.borders = table, weights, list(borders)
         self.width = table.shape[1]
-        self.measure = measure
+        self.measure, self.centred = measure, centred
         self.energy = float((weights * self._squared(table)).sum()) or 1.0
         self._turns: dict[int, Tensor] = {}
         self._generator = generator
@@ -197,7 +204,7 @@ class Curves:
         """The rows and weights of a run, and the mean as it will be stored."""
         start, end = self.borders[run[0]], self.borders[run[1]]
         rows, weights = self.table[start:end], self.weights[start:end]
-        mean = (weights @ rows.double() / weights.sum()).half().float()
+        mean = (weights @ rows.double() / weights.sum() * self.centred).half().float()
         return rows, weights, mean
 
 

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.adaptive_input.rounding import bytes_of
+from tasks.adaptive_input.rounding import FLOAT, bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_BANDS = 16
 """Bands that a table can have: the index gives a token four bits."""
-
-FLOAT = 32
-"""The bits of a band that is still to be trained: float32, rounded to nothing."""
 
 _HEADER = 160
 """Bytes that the head of the file gives to a tensor, at most."""
@@ -77,10 +74,10 @@ def projection_bits(bits: int) -> int:
 
 
 def band_bytes(band: Band, width: int) -> int:
-    """Bytes of a band: codes, scales, the mean, and the projection with its scales where there is one."""
-    if band.bits == FLOAT:
-        return 4 * (band.count * band.rank + (band.rank * width if band.rank < width else 0)) + 2 * _HEADER
-    total, tensors = bytes_of(band.count, band.rank, band.bits) + 2 * width, 2 + (band.bits < 16)
+    """Bytes of a band: rows with their scales, the mean where there is one, and likewise the projection."""
+    total, tensors = bytes_of(band.count, band.rank, band.bits), 1 + (band.bits < 16)
+    if band.bits != FLOAT:
+        total, tensors = total + 2 * width, tensors + 1
     if band.rank < width:
         bits = projection_bits(band.bits)
         total, tensors = total + bytes_of(band.rank, width, bits), tensors + 1 + (bits < 16)

@@ -54,12 +54,12 @@ def budget_of(spec: AdaptiveInputSpec, dense: int) -> int:
 def size_problem(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | None:
     """Why tables of ``shapes`` (rows, width) cannot be brought to the size that is asked for; None where they can."""
     dense = sum(4 * rows * width for rows, width in shapes)
-    least = sum(least_bytes(rows, width, spec.bits) for rows, width in shapes)
+    least = sum(least_bytes(rows, width, spec.widths) for rows, width in shapes)
     budget, field = budget_of(spec, dense), "budget" if spec.budget is not None else "ratio"
     if budget < least:
         value = size(budget) if field == "budget" else f"{spec.ratio:g}x, {size(budget)},"
         right = f"{-(-least // 1024)} KiB or more" if field == "budget" else f"{dense / least:.3g}x or less"
-        fewest = min(spec.bits)
+        fewest = min(spec.widths)
         return (
             f"{field} {value} is smaller than the table of {shapes[0][0]} tokens can be: the smallest takes "
             f"{least} bytes (a rank of 8 in {fewest} bit{'s' if fewest > 1 else ''}); write {field}: {right}"

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLOAT = 32
+"""The bits of what is still to be trained: float32, rounded to nothing."""
+
 BITS = (16, 8, 6, 5, 4, 3, 2, 1)
 """The widths that a row may have; 16 is float16, without a scale."""
 
@@ -23,7 +26,7 @@ _TRIED = (0.7, 0.85, 1.0, 1.15, 1.35)
 
 def bytes_of(rows: int, columns: int, bits: int) -> int:
     """Bytes that ``rows`` rows take, their scales included."""
-    return rows * columns * 2 if bits == 16 else rows * (-(-columns * bits // 8) + 2)
+    return rows * columns * bits // 8 if bits >= 16 else rows * (-(-columns * bits // 8) + 2)
 
 
 def scales_of(rows: Tensor, bits: int) -> Tensor:
@@ -57,8 +60,8 @@ def values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def rounded(rows: Tensor, bits: int) -> Tensor:
     """``rows`` [N, R] as they will be read back, float32."""
-    if bits == 16:
-        return rows.half().float()
+    if bits >= 16:
+        return rows.half().float() if bits == 16 else rows
     scale = scales_of(rows, bits)
     return values(to_codes(rows, scale, bits), scale, bits)
 

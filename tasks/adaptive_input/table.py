@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.adaptive_input import layout as plan
 from tasks.adaptive_input import rounding
-from tasks.adaptive_input.layout import FLOAT, Layout
+from tasks.adaptive_input.layout import Layout
+from tasks.adaptive_input.rounding import FLOAT
 from tasks.models.transforms import transform
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@
     python -m tests.bench.adaptive_input --train WIKITEXT/valid.txt --eval WIKITEXT/test.txt --work FOLDER
     python -m tests.bench.adaptive_input --train SST2/train.jsonl --eval SST2/dev.jsonl --model MINILM --work FOLDER
 
-A tied decoder of 0.9 M weights is trained on plain text, or with ``--model`` a classifier on sentences with labels (kept
-in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times fewer than
-float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits; plain SVD and
-GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16; product
-quantization with 256 vectors for every part of a row. All in one run; nothing is random but the seed's choice. Prints
+A tied decoder of 0.9 M weights is trained on plain text, or with ``--model`` a classifier on sentences with labels
+(kept in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times
+fewer than float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits;
+plain SVD and GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16;
+product quantization with 256 vectors for every part of a row.
+All in one run; nothing is random but the seed's choice. Prints
 tables in Markdown and draws ``adaptive_input.png`` into ``--work``.
 """
 

@@ -142,6 +142,28 @@ def test_contextual_information_moves_precision(request, tmp_path):
     assert torch.isfinite(outputs(load(ctx.out), _examples(ctx, ctx.out))).all()
 
 
+def test_factors_are_trained_from_scratch(request, tmp_path):
+    llama, data = request.getfixturevalue("llama"), request.getfixturevalue("text_data")
+    ctx = context(tmp_path / "a", "text-generation", data)
+    spec = AdaptiveInputSpec(uses="adaptive_input", id="a", ratio="3x", method="adaptive", bands=3)
+    result = adaptive_input(as_artifact(llama), spec=spec, ctx=ctx)
+    about = result.properties["adaptive_input"]
+    assert about["bytes"] <= about["budget"]
+    after = dataclasses.replace(context(tmp_path / "b", "text-generation", data), store=ctx.store)
+    training = FinetuneSpec(uses="finetune", id="t", max_steps=60, batch_size=16, learning_rate=1e-2, validation=0)
+    finetune(as_artifact(ctx.out), spec=training, ctx=after)
+    first, second = load_file(ctx.out / "model.safetensors"), load_file(after.out / "model.safetensors")
+    learned = {name for name in first if name.endswith("_float") and not torch.equal(first[name], second[name])}
+    assert learned == {name for name in first if name.endswith("_float")}
+    assert _loss(after.out, after) < _loss(ctx.out, ctx) - 1
+    network = load(after.out)
+    ids = torch.tensor([[5, 6, 7]])
+    assert network.generate(ids, max_new_tokens=4, do_sample=True, temperature=0.7, top_k=5).shape[1] > 3
+    with torch.inference_mode():
+        shares = network(input_ids=ids).logits.softmax(-1).sum(-1)  # one distribution over every token of every band
+    torch.testing.assert_close(shares, torch.ones(1, 3))
+
+
 def test_later_steps_keep_the_tables(request, tmp_path):
     ctx, _ = _run(request, tmp_path / "a", "llama", ratio="5x")
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", ctx.data), store=ctx.store)
@@ -209,6 +231,7 @@ def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
         ({"ratio": "3 times"}, "unit 'times' is unknown"),
         ({"ratio": "2x", "bits": (4, 4)}, "names a width twice"),
         ({"ratio": "2x", "bits": (7,)}, "Input should be"),
+        ({"ratio": "2x", "method": "adaptive"}, "bits does not go with method: adaptive"),
     ],
 )
 def test_specs_that_say_no_size_are_refused(fields, message):

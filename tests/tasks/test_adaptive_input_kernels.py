@@ -19,7 +19,8 @@ from tasks.adaptive_input.curves import metric, ranks, segments
 from tasks.adaptive_input.heal import harden, soften
 from tasks.adaptive_input.information import contextual, unigram
 from tasks.adaptive_input.layout import _HEADER as HEADER
-from tasks.adaptive_input.layout import FLOAT, Band, Layout, least_bytes, pack_index, positions, unpack_index
+from tasks.adaptive_input.layout import Band, Layout, least_bytes, pack_index, positions, unpack_index
+from tasks.adaptive_input.rounding import FLOAT
 
 CODED = [bits for bits in rounding.BITS if bits < 16]
 

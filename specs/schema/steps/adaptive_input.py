@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -80,15 +80,22 @@ class AdaptiveInputSpec(StepSpec):
         examples=["24x"],
         description="the budget as a share of what float32 takes: how many times smaller, for example 24x",
     )
+    method: Literal["banded", "adaptive"] = Field(
+        default="banded",
+        description="banded: factors in few bits, for a trained model; adaptive: factors in float32 that a later "
+        "finetune trains, for one from random weights",
+    )
     information: Literal["unigram", "contextual"] = Field(
         default="unigram",
         description="how much a token tells: by its frequency in the training data, or by how little the model itself "
         "foresees it (contextual; text-generation)",
     )
-    bits: tuple[Bits, ...] = Field(
-        default=(16, 8, 6, 5, 4, 3, 2, 1),
+    bits: tuple[Bits, ...] | None = Field(
+        default=None,
         min_length=1,
-        description="the bits that a band may have; [8] for a LiteRT file in int8, where fewer bits save nothing",
+        examples=["[8]"],
+        description="the bits that a band may have, of 16, 8, 6, 5, 4, 3, 2 and 1; [8] for a LiteRT file in int8, "
+        "where fewer save nothing; default: any of them, and float32 with method: adaptive",
     )
     bands: int = Field(default=5, gt=0, le=16, description="bands of a table, at most; how many and where is chosen")
     head: Literal["joint", "separate", "leave"] = Field(
@@ -105,6 +112,13 @@ class AdaptiveInputSpec(StepSpec):
         default=False, description="whether the step passes the model on where the budget asks for nothing"
     )
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a band may have."""
+        if self.method == "adaptive":
+            return (32,)
+        return get_args(Bits) if self.bits is None else self.bits
+
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
         return "model"
 
@@ -118,6 +132,11 @@ class AdaptiveInputSpec(StepSpec):
         if (self.budget is None) == (self.ratio is None):
             what = "says it twice" if self.budget is not None else "is missing"
             raise FieldError("budget", f"the size {what}; write budget: 1.5 MiB or ratio: 24x, one of them")
-        if len(set(self.bits)) != len(self.bits):
+        if self.bits is not None and len(set(self.bits)) != len(self.bits):
             raise FieldError("bits", "bits names a width twice; write each once, for example [8, 4, 2]")
+        for name in ("bits", "heal"):
+            if self.method == "adaptive" and getattr(self, name) is not None:
+                raise FieldError(
+                    name, f"{name} does not go with method: adaptive, whose factors a finetune trains; leave it out"
+                )
         return self
