@@ -13,7 +13,7 @@ from tasks.adaptive_input import table
 from tasks.adaptive_input.bands import Fitted, Measured
 from tasks.adaptive_input.curves import Metric, metric
 from tasks.adaptive_input.places import Place, places
-from tasks.adaptive_input.preflight import budget_of, look, refuses, size_problem
+from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
 from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.evaluate.format import size
@@ -64,7 +64,8 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     network: Any = load(model.path)
     found, left = _wanted(network, spec)
     dense = sum(4 * place.weight.numel() for place in found)
-    problem = size_problem(spec, [(place.weight.shape[0], place.weight.shape[1]) for place in found])
+    shapes = [(place.weight.shape[0], place.weight.shape[1]) for place in found]
+    problem = too_small(spec, shapes) or too_large(spec, shapes)
     if problem is not None:
         raise StepError(problem)
     budget = budget_of(spec, dense)

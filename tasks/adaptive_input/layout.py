@@ -96,15 +96,15 @@ def least_rank(width: int) -> int:
 
 
 def positions(band_of: Tensor, layout: Layout) -> Tensor:
-    """Where the row of each token is when the bands lie one behind the other, int64 [rows].
+    """Where the row of each token is when the bands lie one behind the other, int32 [rows].
 
     Within a band the rows are in the order of the ids, so that the band of each token is all that has to be stored.
     """
     import torch
 
-    found = torch.empty(layout.rows, dtype=torch.int64, device=band_of.device)
+    found = torch.empty(layout.rows, dtype=torch.int32, device=band_of.device)
     for number, (band, start) in enumerate(zip(layout.bands, layout.starts, strict=True)):
-        found[band_of == number] = torch.arange(start, start + band.count, device=band_of.device)
+        found[band_of == number] = torch.arange(start, start + band.count, dtype=torch.int32, device=band_of.device)
     return found
 
 

@@ -40,9 +40,10 @@ def look(
     width = next((config[name] for name in _WIDTHS if config.get(name)), None)
     if not isinstance(rows, int) or not isinstance(width, int):
         return [], []
-    untied = task != "text-classification" and config.get("tie_word_embeddings") is False and spec.head != "leave"
-    tables = 2 if untied else 1
-    problem = size_problem(spec, [(rows, width)] * tables)
+    tied = True if task == "text-classification" or spec.head == "leave" else config.get("tie_word_embeddings")
+    # Where the configuration does not say whether the output layer has weights of its own, neither is refused.
+    problem = too_small(spec, [(rows, width)] * (2 if tied is False else 1))
+    problem = problem or too_large(spec, [(rows, width)] * (1 if tied is True else 2))
     return [problem] if problem else [], []
 
 
@@ -51,22 +52,30 @@ def budget_of(spec: AdaptiveInputSpec, dense: int) -> int:
     return spec.budget if spec.budget is not None else int(dense / (spec.ratio or 1.0))
 
 
-def size_problem(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | None:
-    """Why tables of ``shapes`` (rows, width) cannot be brought to the size that is asked for; None where they can."""
+def too_small(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | None:
+    """Why tables of ``shapes`` (rows, width) cannot be as small as is asked for; None where they can."""
     dense = sum(4 * rows * width for rows, width in shapes)
     least = sum(least_bytes(rows, width, spec.widths) for rows, width in shapes)
-    budget, field = budget_of(spec, dense), "budget" if spec.budget is not None else "ratio"
-    if budget < least:
-        value = size(budget) if field == "budget" else f"{spec.ratio:g}x, {size(budget)},"
-        right = f"{-(-least // 1024)} KiB or more" if field == "budget" else f"{dense / least:.3g}x or less"
-        fewest = min(spec.widths)
-        return (
-            f"{field} {value} is smaller than the table of {shapes[0][0]} tokens can be: the smallest takes "
-            f"{least} bytes (a rank of 8 in {fewest} bit{'s' if fewest > 1 else ''}); write {field}: {right}"
-        )
-    if budget >= dense and not spec.allow_noop:
-        return (
-            f"budget {size(budget)} is no less than the {size(dense)} that the table takes, so that nothing "
-            "is to be done; write a smaller budget, leave the step out, or write allow_noop: true"
-        )
-    return None
+    budget = budget_of(spec, dense)
+    if budget >= least:
+        return None
+    if spec.budget is not None:
+        value, right = f"budget {size(budget)}", f"budget: {-(-least // 1024)} KiB or more"
+    else:
+        value, right = f"ratio {spec.ratio:g}x, {size(budget)},", f"ratio: {dense / least:.3g}x or less"
+    fewest = min(spec.widths)
+    return (
+        f"{value} is smaller than the table of {shapes[0][0]} tokens can be: the smallest takes {least} bytes (a rank of "
+        f"8 in {fewest} bit{'s' if fewest > 1 else ''}); write {right}"
+    )
+
+
+def too_large(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | None:
+    """Why nothing is to be done about tables of ``shapes`` (rows, width); None where there is."""
+    dense = sum(4 * rows * width for rows, width in shapes)
+    if spec.allow_noop or budget_of(spec, dense) < dense:
+        return None
+    return (
+        f"budget {size(budget_of(spec, dense))} is no less than the {size(dense)} that the table takes, so that nothing "
+        "is to be done; write a smaller budget, leave the step out, or write allow_noop: true"
+    )

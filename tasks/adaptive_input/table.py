@@ -173,7 +173,7 @@ def classes() -> Any:
 
         @property
         def positions(self) -> Tensor:
-            """Where each token's row is when the bands lie one behind the other, int64 [rows]."""
+            """Where each token's row is when the bands lie one behind the other, int32 [rows]."""
             return self._once("positions", lambda: plan.positions(self.band_of, self.layout))
 
         def rows(self, number: int) -> Tensor:
@@ -198,7 +198,7 @@ def classes() -> Any:
         def expanded(self) -> Tensor:
             """All rows in the order of the ids, float32 [rows, width]."""
             parts = [self._vectors(self.rows(number), number) for number in range(len(self.layout.bands))]
-            return torch.cat(parts)[self.positions]
+            return torch.cat(parts)[self.positions.long()]
 
         def lookup(self, ids: Tensor) -> Tensor:
             """The vectors of ``ids`` [...], [..., width]."""
