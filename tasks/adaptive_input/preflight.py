@@ -62,11 +62,11 @@ def too_small(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | N
     if spec.budget is not None:
         value, right = f"budget {size(budget)}", f"budget: {-(-least // 1024)} KiB or more"
     else:
-        value, right = f"ratio {spec.ratio:g}x, {size(budget)},", f"ratio: {dense / least:.3g}x or less"
+        value, right = f"ratio {spec.ratio:g}x, {size(budget)},", f"ratio: {int(100 * dense / least) / 100:g}x or less"
     fewest = min(spec.widths)
     return (
-        f"{value} is smaller than the table of {shapes[0][0]} tokens can be: the smallest takes {least} bytes (a rank of "
-        f"8 in {fewest} bit{'s' if fewest > 1 else ''}); write {right}"
+        f"{value} is smaller than the table of {shapes[0][0]} tokens can be: the smallest takes {least} bytes (a rank "
+        f"of 8 in {fewest} bit{'s' if fewest > 1 else ''}); write {right}"
     )
 
 
@@ -76,6 +76,6 @@ def too_large(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | N
     if spec.allow_noop or budget_of(spec, dense) < dense:
         return None
     return (
-        f"budget {size(budget_of(spec, dense))} is no less than the {size(dense)} that the table takes, so that nothing "
-        "is to be done; write a smaller budget, leave the step out, or write allow_noop: true"
+        f"budget {size(budget_of(spec, dense))} is no less than the {size(dense)} that the table takes, so that "
+        "nothing is to be done; write a smaller budget, leave the step out, or write allow_noop: true"
     )
