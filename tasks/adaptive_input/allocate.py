@@ -50,20 +50,14 @@ def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: 
     """
     unit = max(1, budget // units)
     budget //= unit
-    tables = [
-        (count, {run: [(-(-size // unit), cost) for size, cost in options] for run, options in runs.items()})
-        for count, runs in tables
-    ]
+    tables = [(count, _in_units(runs, unit)) for count, runs in tables]
     least = [min(size for size, _ in runs[0, count]) for count, runs in tables]
     fronts = [
         _cover(count, runs, most, budget - sum(least) + own) for (count, runs), own in zip(tables, least, strict=True)
     ]
     if not all(fronts):
         return None
-    ends = [
-        _joined({number: grid[number, count] for number in range(1, most + 1) if (number, count) in grid})
-        for grid, (count, _) in zip(fronts, tables, strict=True)
-    ]
+    ends = [_whole(grid, count) for grid, (count, _) in zip(fronts, tables, strict=True)]
     sizes, costs = np.zeros(1, np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []
     for end in ends:
@@ -81,6 +75,30 @@ def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: 
         _trace(grid, end, place, count)
         for grid, end, place, (count, _) in zip(fronts, ends, reversed(places), tables, strict=True)
     ]
+
+
+def frontier(count: int, runs: Runs, most: int, units: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and the least cost that a table can have with them, from the smallest to the largest.
+
+    Args:
+        count: segments of the table.
+        runs: what every run of them can be.
+        most: bands.
+        units: in which the bytes are counted.
+    """
+    highest = max(size for size, _ in runs[0, count])
+    unit = max(1, highest // units)
+    found = _whole(_cover(count, _in_units(runs, unit), most, -(-highest // unit)), count)
+    return found.sizes * unit, found.costs
+
+
+def _in_units(runs: Runs, unit: int) -> Runs:
+    return {run: [(-(-size // unit), cost) for size, cost in options] for run, options in runs.items()}
+
+
+def _whole(grid: Mapping[tuple[int, int], Front], count: int) -> Front:
+    """The front of all segments, in any number of bands."""
+    return _joined({number: front for (number, end), front in grid.items() if end == count})
 
 
 def _cover(count: int, runs: Runs, most: int, budget: int) -> dict[tuple[int, int], Front]:

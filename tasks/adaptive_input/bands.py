@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tasks.adaptive_input.allocate import UNITS, Chosen, allocate
+from tasks.adaptive_input.allocate import Chosen, allocate, frontier
 from tasks.adaptive_input.curves import Curves, Metric, Option, segments
 from tasks.adaptive_input.layout import Layout, index_bytes
 from tasks.adaptive_input.rounding import FLOAT
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from tasks.adaptive_input.information import Information
 
-_POINTS, _COARSE = 12, 256
-"""Budgets for which the least error is drawn, and the units in which their bytes count."""
+_COARSE = 256
+"""Units of bytes in which the curve of the least error is drawn."""
 
 Say = Callable[[float, float, str], None]
 
@@ -86,37 +86,22 @@ class Measured:
                 say(done, len(jobs), "runs")
 
     def frontier(self, at: int) -> tuple[list[int], list[float]]:
-        """Bytes, and the least cost that the table at ``at`` has with them, at so many sizes between the smallest and
-        the largest."""
-        curves = self.curves[at]
-        every = [option for found in self.options[at].values() for option in found]
-        low = min(option.bytes for option in self.options[at][0, curves.segments])
-        high = max(option.bytes for option in every)
-        sizes, costs = [], []
-        for step in range(_POINTS):
-            budget = int(low * (high / low) ** (step / (_POINTS - 1))) + index_bytes(len(self.order))
-            chosen = self._solve(budget, [at], _COARSE)
-            if chosen is not None:
-                sizes.append(budget)
-                costs.append(sum(self.options[at][start, end][option].cost for start, end, option in chosen[0]))
-        return sizes, costs
+        """Bytes, and the least cost that the table at ``at`` has with them."""
+        sizes, costs = frontier(*self._runs(at), self.most, _COARSE)
+        return (sizes + index_bytes(len(self.order))).tolist(), costs.tolist()
 
     def allocate(self, budget: int, tables: Sequence[int] | None = None) -> list[Fitted] | None:
         """The bands of all tables, or of those at ``tables``, that together lose least within ``budget`` bytes; None
         where nothing fits."""
         at = list(range(len(self.curves))) if tables is None else list(tables)
-        chosen = self._solve(budget, at)
+        index = sum(index_bytes(len(self.order)) for _ in at)
+        chosen = allocate([self._runs(one) for one in at], self.most, budget - index)
         return None if chosen is None else [self._fit(one, bands) for one, bands in zip(at, chosen, strict=True)]
 
-    def _solve(self, budget: int, at: Sequence[int], units: int = UNITS) -> list[Chosen] | None:
-        runs = [
-            (
-                self.curves[one].segments,
-                {run: [(option.bytes, option.cost) for option in found] for run, found in self.options[one].items()},
-            )
-            for one in at
-        ]
-        return allocate(runs, self.most, budget - sum(index_bytes(len(self.order)) for _ in at), units)
+    def _runs(self, at: int) -> tuple[int, dict[tuple[int, int], list[tuple[int, float]]]]:
+        """The segments of the table at ``at``, and the bytes and costs of their runs."""
+        options = self.options[at].items()
+        return self.curves[at].segments, {run: [(one.bytes, one.cost) for one in found] for run, found in options}
 
     def _fit(self, at: int, chosen: Chosen) -> Fitted:
         import torch

@@ -29,7 +29,7 @@ from tasks.models import load
 from tasks.models.support import supports
 from tests.support import TASKS_OF, as_artifact, context, tiny_model
 
-FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "bart", "whisper")
+FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "whisper")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,7 +137,7 @@ def test_an_output_layer_of_its_own(untied, text_data, tmp_path, head):
 
 
 def test_contextual_information_moves_precision(request, tmp_path):
-    ctx, result = _run(request, tmp_path, "llama", ratio="5x", information="contextual")
+    ctx, result = _run(request, tmp_path, "gpt2", ratio="5x", information="contextual")
     assert result.properties["adaptive_input"]["information"] == "contextual"
     assert torch.isfinite(outputs(load(ctx.out), _examples(ctx, ctx.out))).all()
 
@@ -165,7 +165,7 @@ def test_factors_are_trained_from_scratch(request, tmp_path):
 
 
 def test_later_steps_keep_the_tables(request, tmp_path):
-    ctx, _ = _run(request, tmp_path / "a", "llama", ratio="5x")
+    ctx, _ = _run(request, tmp_path / "a", "gpt2", ratio="5x")
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", ctx.data), store=ctx.store)
     training = FinetuneSpec(uses="finetune", id="t", max_steps=2, batch_size=4, learning_rate=1e-3, validation=0)
     finetune(as_artifact(ctx.out), spec=training, ctx=after)
@@ -177,7 +177,7 @@ def test_later_steps_keep_the_tables(request, tmp_path):
     packed = dataclasses.replace(context(tmp_path / "c", "text-generation", ctx.data), store=ctx.store)
     quantize(as_artifact(after.out), spec=QuantizeSpec(uses="quantize", id="q"), ctx=packed)
     assert torch.isfinite(outputs(load(packed.out), _examples(ctx, ctx.out))).all()
-    assert len(tables(load(packed.out))) == 1
+    assert len(tables(load(packed.out))) == len(tables(load(ctx.out)))
     with pytest.raises(StepError, match="in bands already"):
         adaptive_input(as_artifact(after.out), spec=_spec(ratio="5x"), ctx=packed)
 
@@ -266,7 +266,7 @@ def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
     losses = {}
     for name, heal in (("hurt", None), ("healed", {"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3})):
         ctx = context(tmp_path / name, "text-generation", text_data)
-        result = adaptive_input(as_artifact(trained), spec=_spec(ratio="9x", bits=(4, 2, 1), heal=heal), ctx=ctx)
+        result = adaptive_input(as_artifact(trained), spec=_spec(ratio="15x", bits=(1,), heal=heal), ctx=ctx)
         losses[name] = _loss(ctx.out, ctx)
         about = result.properties["adaptive_input"]
         assert about["bytes"] <= about["budget"]
