@@ -131,8 +131,11 @@ def _coded(name: str, rows: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def coded(name: str, codes: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
-    """``codes`` [N, R] with ``scale`` [N] under the names that a file has for them."""
-    return {f"{name}_int{bits}": rounding.pack(codes, bits), f"{name}_scale": scale.half()}
+    """``codes`` [N, R] with ``scale`` [N] under the names that a file has for them. The bytes are signed ones: the
+    converter to LiteRT takes no unsigned tensors, even where no operation reads them."""
+    import torch
+
+    return {f"{name}_int{bits}": rounding.pack(codes, bits).view(torch.int8), f"{name}_scale": scale.half()}
 
 
 @cache
@@ -148,7 +151,7 @@ def classes() -> Any:
         def __init__(self, layout: Layout, index: Tensor, tensors: Mapping[str, Tensor]) -> None:
             super().__init__()
             self.layout = layout
-            self.register_buffer("index", index)
+            self.register_buffer("index", index.view(torch.int8))
             for name, tensor in tensors.items():
                 if name.endswith("_float"):
                     self.register_parameter(name, nn.Parameter(tensor))
@@ -169,7 +172,7 @@ def classes() -> Any:
         @property
         def band_of(self) -> Tensor:
             """The band of each token, uint8 [rows]."""
-            return plan.unpack_index(self.index, self.layout.rows)
+            return plan.unpack_index(self.index.view(torch.uint8), self.layout.rows)
 
         @property
         def positions(self) -> Tensor:
@@ -242,14 +245,15 @@ def classes() -> Any:
             return self._once(
                 name,
                 lambda: rounding.values(
-                    rounding.unpack(getattr(self, f"{name}_int{bits}"), columns, bits),
+                    rounding.unpack(getattr(self, f"{name}_int{bits}").view(torch.uint8), columns, bits),
                     getattr(self, f"{name}_scale"),
                     bits,
                 ),
             )
 
         def _once(self, name: str, make: Any) -> Tensor:
-            state = (self.index.device, *(parameter._version for parameter in self.parameters()))
+            learned = (one for one in self.parameters() if not one.is_inference())
+            state = (self.index.device, *(parameter._version for parameter in learned))
             known, found = self._kept.get(name, (None, None))
             if known != state:
                 # What inference mode makes could not be used in a training later.
