@@ -264,7 +264,10 @@ def _loss(folder, ctx):
 
 def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
     losses = {}
-    for name, heal in (("hurt", None), ("healed", {"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3})):
+    for name, heal in (
+        ("hurt", None),
+        ("healed", {"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3, "trains": "model"}),
+    ):
         ctx = context(tmp_path / name, "text-generation", text_data)
         result = adaptive_input(as_artifact(trained), spec=_spec(ratio="15x", bits=(1,), heal=heal), ctx=ctx)
         losses[name] = _loss(ctx.out, ctx)

@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
 from specs.schema.base import RUNTIME_BYTES, FieldError, Kind, StepSpec, Task
 from specs.schema.steps.finetune import TrainingSpec
-from specs.schema.units import Bytes, Share, split_number
-
-
-def parse_ratio(value: Any) -> float:
-    """``24x`` or 24 to 24.0.
-
-    Raises:
-        ValueError: not a number above 1, or of a unit other than ``x``.
-    """
-    number, unit = split_number(value, "a ratio", "24x")
-    if unit not in ("", "x"):
-        raise ValueError(f"{value!r} is not a ratio: unit {unit!r} is unknown; write 24x")
-    if number <= 1:
-        raise ValueError(f"{value!r} makes nothing smaller; write a ratio above 1, for example 24x")
-    return number
-
-
-Ratio = Annotated[
-    float,
-    BeforeValidator(parse_ratio),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "exclusiveMinimum": 1},
-                {"type": "string", "pattern": r"^\s*[0-9.]+\s*x?\s*$"},
-            ],
-            "description": "how many times smaller, for example 24x",
-        }
-    ),
-]
+from specs.schema.units import Bytes, Ratio, Share
 
 Bits = Literal[16, 8, 6, 5, 4, 3, 2, 1]
 
