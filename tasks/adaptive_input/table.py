@@ -211,7 +211,8 @@ def classes() -> Any:
 
         def _from_factors(self, ids: Tensor) -> Tensor:
             """A lookup in every band, clamped to its rows, of which the one of the token's own band counts."""
-            at = functional.embedding(ids, self.positions[:, None])[..., 0]
+            # LiteRT looks up floats alone; an index_select becomes a gather, which takes whole numbers.
+            at = self.positions.index_select(0, ids.reshape(-1)).view(ids.shape)
             found = None
             for number, (band, start) in enumerate(zip(self.layout.bands, self.layout.starts, strict=True)):
                 place = at - start
