@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from specs.schema.base import Name, Needs, StepSpec
 from specs.schema.explain import keys_of, models_of
 from specs.schema.pipeline import KINDS
-from specs.schema.units import Bytes, Duration, KeepField, LimitField, Share, in_units
+from specs.schema.units import Bytes, Duration, KeepField, LimitField, Ratio, Share, in_units
 
 _WORDS: tuple[tuple[Any, str], ...] = (
     (Bytes, "size, e.g. 8 MiB"),
     (Duration, "duration, e.g. 10 min"),
+    (Ratio, "ratio, e.g. 24x"),
     (Share, "share, e.g. 50%"),
     (Name, "name"),
     (Needs, "step or list of steps"),

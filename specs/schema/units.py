@@ -144,6 +144,35 @@ Share = Annotated[
 ]
 
 
+def parse_ratio(value: Any) -> float:
+    """``24x`` or 24 to 24.0.
+
+    Raises:
+        ValueError: not a number above 1, or of a unit other than ``x``.
+    """
+    number, unit = split_number(value, "a ratio", "24x")
+    if unit not in ("", "x"):
+        raise ValueError(f"{value!r} is not a ratio: unit {unit!r} is unknown; write 24x")
+    if number <= 1:
+        raise ValueError(f"{value!r} makes nothing smaller; write a ratio above 1, for example 24x")
+    return number
+
+
+Ratio = Annotated[
+    float,
+    BeforeValidator(parse_ratio),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 1},
+                {"type": "string", "pattern": r"^\s*[0-9.]+\s*x?\s*$"},
+            ],
+            "description": "how many times smaller, for example 24x",
+        }
+    ),
+]
+
+
 def in_units(value: float, *types: Any) -> str:
     """A number as a spec writes it: ``30 s``, ``5%`` or ``8 MiB`` where the field is a duration, a share or a size.
 

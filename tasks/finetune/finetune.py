@@ -24,7 +24,6 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
         StepError: the data does not fit the model, or the training diverged; see ``tasks.finetune.loop.train``.
     """
     from tasks.models import load, save
-    from tasks.models.transforms import read_extras
 
     network = load(model.path, ctx.device)
     ctx.note("encoding the training data")
@@ -32,7 +31,7 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
     ctx.note("training")
     trained = train(network, data, spec, ctx)
     network.to("cpu")
-    save(network, ctx.out, tokenizer_from=model.path, transforms=read_extras(model.path).transforms)
+    save(network, ctx.out, tokenizer_from=model.path)
     return StepResult(
         kind=model.kind,
         touched=tuple(name for name, parameter in network.named_parameters() if parameter.requires_grad),

@@ -42,6 +42,9 @@ TOKENIZER_FILES = (
 INPUT_FILES = (*TOKENIZER_FILES, FEATURES)
 """What turns texts and audio into the model's input; every step keeps it."""
 
+_REPLAYED = "lathe_transforms"
+"""Where a loaded model keeps what was replayed on it, so that what trains it writes it again."""
+
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -110,7 +113,7 @@ def save(
     out: Path,
     tokenizer_from: Path | None = None,
     *,
-    transforms: Sequence[Mapping[str, Any]] = (),
+    transforms: Sequence[Mapping[str, Any]] | None = None,
     compute_dtype: str | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face folder.
@@ -122,10 +125,12 @@ def save(
         model: a transformers model; with ``transforms`` its modules may be anything with a state dict.
         out: the folder.
         tokenizer_from: a folder with the tokenizer's files; None writes none.
-        transforms: what ``load`` replays before it sets the weights; see ``tasks.models.transforms``.
+        transforms: what ``load`` replays before it sets the weights; see ``tasks.models.transforms``. Default: those
+            with which the model was loaded.
         compute_dtype: recorded where the model is stored in another type than it computes in.
     """
     out.mkdir(parents=True, exist_ok=True)
+    transforms = getattr(model, _REPLAYED, ()) if transforms is None else transforms
     if transforms:
         aliases = _save_state(model, out)
     else:
@@ -235,6 +240,7 @@ def _load_transformed(path: Path, config: PretrainedConfig, auto: Any, extras: E
     with no_init_weights():
         model = auto.from_config(config, trust_remote_code=False)
     replay(model, extras)
+    setattr(model, _REPLAYED, extras.transforms)
     file = path / WEIGHTS
     if not file.is_file():
         raise StepError(f"{path} has no {WEIGHTS}; make the artifact again")

@@ -74,10 +74,14 @@ UNIFORM: dict[str, dict[str, Any]] = {
 
 def losses(folder: Path, data: Encoded) -> tuple[np.ndarray, int]:
     """The summed negative log-likelihood of each window, and the tokens of a window."""
+    return losses_of(load(folder), data)
+
+
+def losses_of(model: Any, data: Encoded) -> tuple[np.ndarray, int]:
+    """The same of a loaded model."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    model: Any = load(folder)
     ids = torch.from_numpy(np.asarray(data.input_ids)).long()
     found = []
     with torch.inference_mode():

@@ -314,6 +314,7 @@ def test_a_task_that_a_step_does_not_do(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_a_step_gives_is_what_its_documentation_says(kind: str) -> None:
     spec = KINDS[kind]
     extra = {"prune": {"sparsity": 0.5}, "select": {"from": ["a"], "minimise": "size"}, "distill": {"teacher": "t"}}
+    extra["adaptive_input"] = {"ratio": 2}
     made: StepSpec = spec.model_validate({"uses": kind, "id": "x", **extra.get(kind, {})})
     for taken in spec.takes:
         assert made.gives((taken,)) in spec.makes

@@ -1,0 +1,267 @@
+"""The step ``adaptive_input``: tokens in bands, each with the precision that it needs, within a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specs.schema.steps.adaptive_input import AdaptiveInputSpec
+from tasks.adaptive_input import information as info
+from tasks.adaptive_input import table
+from tasks.adaptive_input.bands import Fitted, Measured
+from tasks.adaptive_input.curves import Metric, metric
+from tasks.adaptive_input.places import Place, places
+from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
+from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
+from tasks.context import Artifact, StepContext, StepError, StepResult
+from tasks.evaluate.format import size
+from tasks.registry import step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tasks.adaptive_input.information import Information
+    from tasks.data.encoded import Encoded
+
+_TURNS = 0x74757266
+"""Salt of the stream that draws rotations."""
+
+_OBSERVED = 64
+"""Training examples that show what comes into an output layer."""
+
+SHARED, ALONE = 0.5, 0.95
+"""What the error of the scores counts in a table that is looked up too, and in one that is not, beside that of the
+vectors."""
+
+_JUDGED = 64
+"""Training examples on which each band's tokens are foretold before and after."""
+
+
+@step(
+    AdaptiveInputSpec,
+    libraries=("numpy", "tokenizers", "torch", "transformers"),
+    preflight=look,
+    refuses=refuses,
+)
+def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext) -> StepResult:
+    """Put the tokens of a trained model into bands of rank and bits.
+
+    Args:
+        model: a Hugging Face folder.
+        spec: the budget, what counts as information, and the healing.
+        ctx: where, and the training data, which shows how often tokens are needed.
+
+    Raises:
+        StepError: the model has no table of tokens, the budget is too small or asks for nothing, the data has no
+            tokens, or the healing failed.
+    """
+    from tasks.data import encode
+    from tasks.models import load, save
+    from tasks.models.transforms import read_extras
+
+    network: Any = load(model.path)
+    found, left = _wanted(network, spec)
+    dense = sum(4 * place.weight.numel() for place in found)
+    shapes = [(place.weight.shape[0], place.weight.shape[1]) for place in found]
+    problem = too_small(spec, shapes) or too_large(spec, shapes)
+    if problem is not None:
+        raise StepError(problem)
+    budget = budget_of(spec, dense)
+    if budget >= dense:
+        save(network, ctx.out, tokenizer_from=model.path, transforms=read_extras(model.path).transforms)
+        names = tuple(place.name for place in found)
+        return StepResult("model", names, f"left {', '.join(names)} as it was: the budget asks for nothing", left)
+    data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
+    told = _information(network, data, found[0].weight.shape[0], spec, ctx)
+    ctx.note("measuring what bands lose")
+    generator = ctx.generator(_TURNS)
+    weights = [place.weight for place in found]
+    metrics = _metrics(network, found, model, ctx)
+    measured = Measured(weights, metrics, told, spec.widths, spec.bands, generator, ctx.progress)
+    fitted = _allocated(measured, found, budget, spec)
+    judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
+    before = None if judged is None else info.surprise(network, judged, len(told.counts))
+    hard, healed = _placed(network, list(zip(found, fitted, strict=True)), model, spec, ctx)
+    network.eval()
+    parts = [
+        {"layout": one.layout.record(), "embeddings": dict(place.embeddings), "heads": dict(place.heads)}
+        for place, one in zip(found, fitted, strict=True)
+    ]
+    earlier = read_extras(model.path).transforms
+    save(network, ctx.out, tokenizer_from=model.path, transforms=[*earlier, table.entry(parts)])
+    stored = sum(stored_bytes(ctx.out, place) for place in found)
+    if stored > budget:
+        raise RuntimeError(f"{stored} bytes were written and {budget} planned")
+    after = None if judged is None else info.surprise(network, judged, len(told.counts))
+    quality = [
+        qualities(one, place.weight, made, told, before, after)
+        for one, place, made in zip(fitted, found, hard, strict=True)
+    ]
+    with ctx.exclusive():
+        slower = lookup_ratio(weights[0], hard[0], ctx.data.max_length, ctx.seed)
+    for name, content in plots(measured, fitted[0], told, quality[0], budget).items():
+        (ctx.out / name).write_bytes(content)
+    return _result(spec, found, fitted, quality, left, _Sizes(dense, stored, budget, slower), healed)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    dense: int
+    stored: int
+    budget: int
+    slower: float
+
+
+def _wanted(network: Any, spec: AdaptiveInputSpec) -> tuple[list[Place], dict[str, str]]:
+    """The tables that are put into bands, and what is left with the reason."""
+    found, left = places(network)
+    if spec.head == "leave":
+        left |= {name: "head: leave" for place in found if not place.embeddings for name in place.heads}
+        found = [place for place in found if place.embeddings]
+    return found, left
+
+
+def _information(network: Any, data: Encoded, rows: int, spec: AdaptiveInputSpec, ctx: StepContext) -> Information:
+    counts = info.count(data, rows)
+    if spec.information == "unigram":
+        return info.unigram(counts)
+    import torch
+
+    ctx.note("measuring what the model does not foresee")
+    drawn = torch.randperm(len(data), generator=ctx.generator(_TURNS + 1))[: info.SURPRISED]
+    return info.contextual(counts, *info.surprise(network, data.take(drawn.sort().values.numpy()), rows, ctx.progress))
+
+
+def _metrics(network: Any, found: Sequence[Place], model: Artifact, ctx: StepContext) -> list[Metric]:
+    """What a difference of vectors counts in each table: in one with a head, what it does to the scores too."""
+    from tasks.compress.calibrate import observe, sample
+
+    heads = {name: number for number, place in enumerate(found) for name in place.heads}
+    moments: dict[int, Any] = {}
+
+    def see(name: str, given: Any) -> None:
+        at = heads[name]
+        moments[at] = moments.get(at, 0) + given.double().T @ given.double()
+
+    if heads:
+        ctx.note("looking at what comes into the output layer")
+        observe(network, heads, sample(model, _OBSERVED, ctx), see)
+    return [
+        metric(place.weight.shape[1], moments.get(at), SHARED if place.embeddings else ALONE)
+        for at, place in enumerate(found)
+    ]
+
+
+def _allocated(measured: Measured, found: Sequence[Place], budget: int, spec: AdaptiveInputSpec) -> list[Fitted]:
+    if spec.head == "joint" or len(found) == 1:
+        fitted = measured.allocate(budget)
+    else:
+        total = sum(place.weight.numel() for place in found)
+        shares = [budget * place.weight.numel() // total for place in found]
+        parts = [measured.allocate(share, [at]) for at, share in enumerate(shares)]
+        fitted = None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
+    if fitted is None:
+        raise StepError(
+            f"no allocation fits into {size(budget)}: head: {spec.head} leaves one of the tables too little; write "
+            "head: joint, or a larger budget"
+        )
+    return fitted
+
+
+def _placed(
+    network: Any,
+    pairs: Sequence[tuple[Place, Fitted]],
+    model: Artifact,
+    spec: AdaptiveInputSpec,
+    ctx: StepContext,
+) -> tuple[list[nn.Module], str]:
+    """Put the tables into the model; as they are stored, and what there is to say of the healing."""
+    if spec.heal is not None:
+        from tasks.adaptive_input.heal import heal
+        from tasks.finetune import finetune
+
+        hard, trained = heal(network, pairs, model, spec.heal, ctx)
+        return hard, finetune.summary(trained)
+    hard = [stored_table(fitted) for _, fitted in pairs]
+    for (place, _), one in zip(pairs, hard, strict=True):
+        table.place(network, one, place.embeddings, place.heads)
+    return hard, ""
+
+
+def stored_table(fitted: Fitted) -> nn.Module:
+    """A fit, rounded, as the module that is stored."""
+    tensors = {}
+    for number, band in enumerate(fitted.layout.bands):
+        tensors |= table.tensors_of(
+            number, fitted.rows[number], fitted.projections[number], fitted.means[number], band.bits
+        )
+    return table.stored(fitted.layout, fitted.band_of, tensors)
+
+
+def stored_bytes(folder: Path, place: Place) -> int:
+    """Bytes that the file in ``folder`` holds of a table, the entries in its head included."""
+    import json
+
+    from tasks.models.load import WEIGHTS
+
+    names = [f"{name}.table." for name in (*place.embeddings, *place.heads)]
+    with (folder / WEIGHTS).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    total = 0
+    for name, entry in header.items():
+        if any(name.startswith(one) for one in names):
+            start, end = entry["data_offsets"]
+            total += end - start + len(json.dumps({name: entry}, separators=(",", ":")).encode()) - 1
+    return total
+
+
+def _result(
+    spec: AdaptiveInputSpec,
+    found: Sequence[Place],
+    fitted: Sequence[Fitted],
+    quality: Sequence[Sequence[BandQuality]],
+    left: dict[str, str],
+    sizes: _Sizes,
+    healed: str,
+) -> StepResult:
+    tables = []
+    warnings: list[str] = []
+    for place, one, bands in zip(found, fitted, quality, strict=True):
+        tables.append({"table": place.name, "bytes": one.layout.bytes, "bands": [band.record() for band in bands]})
+        warnings += [f"{place.name}: {text}" for text in sacrificed(bands)]
+    bands = "; ".join(f"{name}: {', '.join(band.told() for band in bands)}" for name, bands in _named(found, quality))
+    summary = (
+        f"embedding {size(sizes.dense)} -> {size(sizes.stored)} ({sizes.dense / sizes.stored:.1f} times smaller), "
+        f"lookup {sizes.slower:.2f} times as long; {bands}"
+    )
+    if healed:
+        summary += f"; healed: {healed}"
+    in_int8 = sum(band.rank * band.count for one in fitted for band in one.layout.bands)
+    if in_int8 > sizes.budget and spec.method == "banded":
+        warnings.append(
+            f"a LiteRT file in int8 gives every number of a row 8 bits, {size(in_int8)} in all and above the budget of "
+            f"{size(sizes.budget)}; write bits: [8] where it has to hold there"
+        )
+    return StepResult(
+        kind="model",
+        touched=tuple(name for place in found for name in (*place.embeddings, *place.heads)),
+        left=left,
+        summary=summary,
+        properties={
+            "adaptive_input": {
+                "budget": sizes.budget,
+                "bytes": sizes.stored,
+                "bytes_before": sizes.dense,
+                "information": spec.information,
+                "lookup_times": sizes.slower,
+                "tables": tables,
+            }
+        },
+        warnings=tuple(warnings),
+    )
+
+
+def _named(found: Sequence[Place], quality: Sequence[Sequence[BandQuality]]) -> list[tuple[str, Sequence[BandQuality]]]:
+    return [(place.name, bands) for place, bands in zip(found, quality, strict=True)]

@@ -1,0 +1,181 @@
+"""What bands are worth: errors by band, rare tokens among them, the time of a lookup, and the plots."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.adaptive_input.layout import Band, band_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from tasks.adaptive_input.bands import Fitted, Measured
+    from tasks.adaptive_input.information import Information
+
+_GIVEN_UP = 0.5
+"""Share of a band's energy whose loss is worth a warning."""
+
+_LOOKUPS = 60
+_BATCH = 32
+
+Surprise = tuple["np.ndarray", "np.ndarray"]
+
+
+@dataclass(frozen=True)
+class BandQuality:
+    """One band.
+
+    Args:
+        band: its tokens, rank and bits.
+        bytes: that it takes.
+        text: share of the tokens of the training data that are of it.
+        information: bits that one of them tells, on average over the band's occurrences.
+        error: energy of the difference of its vectors over that of the vectors, each token counted once.
+        surprise: bits a token of it is foretold with on training examples, before and after; None without a decoder.
+    """
+
+    band: Band
+    bytes: int
+    text: float
+    information: float
+    error: float
+    surprise: tuple[float, float] | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """In a few words."""
+        return (
+            f"{self.band.count} tokens ({self.text:.0%} of the text) of rank {self.band.rank} in {self.band.bits} "
+            f"bit{'s' if self.band.bits > 1 else ''}, error {self.error:.0%}"
+        )
+
+
+def qualities(
+    fitted: Fitted, dense: Tensor, made: Any, told: Information, before: Surprise | None, after: Surprise | None
+) -> list[BandQuality]:
+    """The bands of a table.
+
+    Args:
+        fitted: the bands.
+        dense: the table before, float [V, D].
+        made: the module that stands for it.
+        told: of its tokens.
+        before, after: see ``information.surprise``.
+    """
+    import torch
+
+    with torch.no_grad():
+        wrong = (made.expanded() - dense.float()).double().square().sum(1).numpy()
+    energy = dense.double().square().sum(1).numpy()
+    found = []
+    for number, band in enumerate(fitted.layout.bands):
+        own = (fitted.band_of == number).numpy()
+        counts = told.counts[own] + 1
+        surprise = None
+        if before is not None and after is not None and before[1][own].sum():
+            surprise = tuple(float(bits[own].sum() / seen[own].sum()) for bits, seen in (before, after))
+        found.append(
+            BandQuality(
+                band,
+                band_bytes(band, fitted.layout.width),
+                float(told.counts[own].sum() / told.counts.sum()),
+                float((told.bits[own] * counts).sum() / counts.sum()),
+                float(wrong[own].sum() / max(energy[own].sum(), 1e-30)),
+                surprise,  # type: ignore[arg-type]
+            )
+        )
+    return found
+
+
+def sacrificed(bands: Sequence[BandQuality]) -> list[str]:
+    """What to say of bands that lost most of their vectors, or whose tokens are foretold far worse."""
+    said = []
+    for band in bands:
+        if band.error > _GIVEN_UP:
+            said.append(
+                f"{band.band.count} tokens, {band.text:.2%} of the text, lost {band.error:.0%} of what their vectors "
+                "say; a larger budget or heal keeps more"
+            )
+        if band.surprise is not None and band.surprise[1] > band.surprise[0] + 1:
+            said.append(
+                f"{band.band.count} tokens, {band.text:.2%} of the text, are foretold with {band.surprise[1]:.1f} bits "
+                f"and were with {band.surprise[0]:.1f}"
+            )
+    return said
+
+
+def lookup_ratio(dense: Tensor, made: Any, length: int, seed: int) -> float:
+    """The time of a lookup of a batch over that in the dense table: medians, both in turns, one thread."""
+    import statistics
+
+    import torch
+    from torch.nn.functional import embedding
+
+    ids = torch.randint(len(dense), (_BATCH, length), generator=torch.Generator().manual_seed(seed))
+    weight = dense.float()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spent: tuple[list[float], list[float]] = ([], [])
+    try:
+        with torch.inference_mode():
+            for turn in range(_LOOKUPS + 5):
+                for at, look in enumerate((lambda: embedding(ids, weight), lambda: made.lookup(ids))):
+                    started = time.perf_counter()
+                    look()
+                    if turn >= 5:
+                        spent[at].append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(spent[1]) / max(statistics.median(spent[0]), 1e-9)
+
+
+def plots(
+    measured: Measured, fitted: Fitted, told: Information, quality: Sequence[BandQuality], budget: int
+) -> dict[str, bytes]:
+    """``adaptive_input.svg`` and ``.png``: information and stored bits by rank of the token, bytes against text, and
+    the error that the least bytes leave, with the budget marked."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = fitted.layout.width
+    ranks = np.arange(1, fitted.layout.rows + 1)
+    stored = np.zeros(len(ranks))
+    size = np.zeros(len(ranks))
+    for number, band in enumerate(quality):
+        own = (fitted.band_of[measured.order] == number).numpy()
+        stored[own] = 8 * band.bytes / band.band.count
+        size[own] = band.bytes / band.band.count
+    text = np.cumsum(told.counts[told.order]) / told.counts.sum()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(10.8, 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, middle, right = figure.subplots(1, 3)
+        left.plot(ranks, told.bits[told.order], color="#3b6fd4", lw=1, label="information, bits")
+        left.plot(ranks, stored / width, color="#c2452d", lw=1.4, label="stored bits a dimension")
+        left.set(xscale="log", yscale="log", xlabel="token by weight", ylabel="bits")
+        left.legend(fontsize=7)
+        middle.plot(text, np.cumsum(size) / size.sum(), color="#0f8f6f", lw=1.4)
+        middle.plot([0, 1], [0, 1], color="#999999", lw=0.6)
+        middle.set(xlabel="share of the text", ylabel="share of the embedding's bytes")
+        sizes, costs = measured.frontier(0)
+        right.plot(np.array(sizes) / 1024, np.array(costs) * 100, color="#3b6fd4", lw=1.4)
+        right.axvline(budget / 1024, color="#c2452d", lw=1, ls="--")
+        right.set(xscale="log", yscale="log", xlabel="KiB", ylabel="weighted error, %")
+        for axes in (left, middle, right):
+            axes.grid(alpha=0.25, linewidth=0.6)
+        svg, png = io.BytesIO(), io.BytesIO()
+        nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(svg, format="svg", metadata=nothing)
+        software: Any = {"Software": None}
+        figure.savefig(png, format="png", dpi=130, metadata=software)
+    return {"adaptive_input.svg": svg.getvalue(), "adaptive_input.png": png.getvalue()}

@@ -1,0 +1,309 @@
+"""A table of tokens in bands, as modules that stand in a model for its embedding and its output layer.
+
+A token of a band has a row of ``rank`` numbers, of which a projection [rank, width] makes its vector; a band of full
+rank has none. What the vectors of a band have in common, their mean, is stored once. The embedding and a tied output
+layer share one ``Table``: the scores are ``(x projectionᵀ) rowsᵀ + x mean`` band by band, put into the order of the
+ids, and no dense copy is needed for them.
+
+On a CPU the lookup reads a table that is expanded once, when it is first used: computing rows from factors in every
+call takes many times longer than copying them (``tests/bench/adaptive_input.py``). What is trained and what is exported
+goes through the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from tasks.adaptive_input import layout as plan
+from tasks.adaptive_input import rounding
+from tasks.adaptive_input.layout import Layout
+from tasks.adaptive_input.rounding import FLOAT
+from tasks.models.transforms import transform
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "adaptive-input"
+
+
+def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A table as it is stored.
+
+    Args:
+        layout: its bands.
+        band_of: the band of each token, [rows].
+        tensors: by the names of ``tensors_of``.
+    """
+    return classes().Table(layout, plan.pack_index(band_of), tensors)
+
+
+def tensors_of(number: int, rows: Tensor, projection: Tensor | None, mean: Tensor, bits: int) -> dict[str, Tensor]:
+    """What the file holds of band ``number``: codes and scales, or floats.
+
+    Args:
+        number: of the band, from 0.
+        rows: float [count, rank].
+        projection: float [rank, width]; None where there is none.
+        mean: float [width]; what is trained from scratch has none.
+        bits: of the rows.
+    """
+    found = _coded(f"rows{number}", rows, bits)
+    if bits != FLOAT:
+        found[f"mean{number}_half"] = mean.half()
+    return (
+        found if projection is None else found | _coded(f"projection{number}", projection, plan.projection_bits(bits))
+    )
+
+
+def embedding(table: nn.Module, factor: float, padding_idx: int | None) -> nn.Module:
+    """What stands for an embedding: ids [...] to float32 [..., width] times ``factor``."""
+    return classes().Embedding(table, factor, padding_idx)
+
+
+def head(table: nn.Module, bias: Tensor | None) -> nn.Module:
+    """What stands for an output layer: [..., width] to scores of every token, [..., rows]."""
+    return classes().Head(table, bias)
+
+
+def tables(model: nn.Module) -> list[Any]:
+    """The tables in bands of a model, each once."""
+    kinds = classes()
+    return list({id(found): found for found in model.modules() if isinstance(found, kinds.Table)}.values())
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule ``name``."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+@transform(NAME, trains=True)
+def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Replace embeddings and output layers by ones whose tensors are to be loaded.
+
+    ``tables`` lists ``{"layout": {...}, "embeddings": {name: factor}, "heads": {name: bias}}``; the modules of one
+    entry share a table.
+    """
+    import torch
+
+    for one in entry["tables"]:
+        layout = Layout.read(one["layout"])
+        empty: dict[str, Tensor] = {}
+        for number, band in enumerate(layout.bands):
+            projection = torch.empty(band.rank, layout.width) if band.rank < layout.width else None
+            rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
+            empty |= tensors_of(number, rows, projection, mean, band.bits)
+        table = stored(layout, torch.zeros(layout.rows), empty)
+        place(model, table, one["embeddings"], one["heads"])
+
+
+def place(model: nn.Module, table: nn.Module, embeddings: Mapping[str, float], heads: Mapping[str, bool]) -> None:
+    """Let ``table`` stand for the modules that are named.
+
+    Args:
+        model: is changed.
+        table: of ``stored``.
+        embeddings: name to what its rows are multiplied with.
+        heads: name to whether it has a bias, which stays.
+    """
+    for name, factor in embeddings.items():
+        padding = getattr(model.get_submodule(name), "padding_idx", None)
+        put(model, name, embedding(table, factor, padding))
+    for name in heads:
+        put(model, name, head(table, getattr(model.get_submodule(name), "bias", None)))
+
+
+def entry(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The transform that ``load`` replays, for tables as ``empty_tables`` takes them."""
+    return {"name": NAME, "tables": [dict(part) for part in parts]}
+
+
+def _coded(name: str, rows: Tensor, bits: int) -> dict[str, Tensor]:
+    if bits == FLOAT:
+        return {f"{name}_float": rows.float().contiguous()}
+    if bits == 16:
+        return {f"{name}_half": rows.half().contiguous()}
+    scale = rounding.scales_of(rows, bits)
+    return coded(name, rounding.to_codes(rows, scale, bits), scale, bits)
+
+
+def coded(name: str, codes: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
+    """``codes`` [N, R] with ``scale`` [N] under the names that a file has for them. The bytes are signed ones: the
+    converter to LiteRT takes no unsigned tensors, even where no operation reads them."""
+    import torch
+
+    return {f"{name}_int{bits}": rounding.pack(codes, bits).view(torch.int8), f"{name}_scale": scale.half()}
+
+
+@cache
+def classes() -> Any:
+    """The modules ``Table``, ``Embedding`` and ``Head``."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Table(nn.Module):
+        index: Tensor
+
+        def __init__(self, layout: Layout, index: Tensor, tensors: Mapping[str, Tensor]) -> None:
+            super().__init__()
+            self.layout = layout
+            self.register_buffer("index", index.view(torch.int8))
+            for name, tensor in tensors.items():
+                if name.endswith("_float"):
+                    self.register_parameter(name, nn.Parameter(tensor))
+                else:
+                    self.register_buffer(name, tensor)
+            self._kept: dict[str, Any] = {}
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            # The types are part of the format: ``model.float()`` must not make the file grow.
+            self._kept = {}
+            return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+        @property
+        def learns(self) -> bool:
+            """Whether gradients go into it."""
+            return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+
+        @property
+        def band_of(self) -> Tensor:
+            """The band of each token, uint8 [rows]."""
+            return plan.unpack_index(self.index.view(torch.uint8), self.layout.rows)
+
+        @property
+        def positions(self) -> Tensor:
+            """Where each token's row is when the bands lie one behind the other, int32 [rows]."""
+            return self._once("positions", lambda: plan.positions(self.band_of, self.layout))
+
+        def rows(self, number: int) -> Tensor:
+            """The rows of a band, float32 [count, rank]."""
+            band = self.layout.bands[number]
+            return self._read(f"rows{number}", band.rank, band.bits)
+
+        def projection(self, number: int) -> Tensor | None:
+            """The projection of a band, float32 [rank, width]; None where it has full rank."""
+            band = self.layout.bands[number]
+            if band.rank == self.layout.width:
+                return None
+            return self._read(f"projection{number}", self.layout.width, plan.projection_bits(band.bits))
+
+        def mean(self, number: int) -> Tensor | None:
+            """What is added to the vectors of a band, float32 [width]; None where nothing is."""
+            name = f"mean{number}"
+            if self.layout.bands[number].bits == FLOAT:
+                return None
+            return self._once(name, lambda: getattr(self, f"{name}_half").float())
+
+        def expanded(self) -> Tensor:
+            """All rows in the order of the ids, float32 [rows, width]."""
+            parts = [self._vectors(self.rows(number), number) for number in range(len(self.layout.bands))]
+            return torch.cat(parts)[self.positions.long()]
+
+        def lookup(self, ids: Tensor) -> Tensor:
+            """The vectors of ``ids`` [...], [..., width]."""
+            if torch.compiler.is_exporting() or self.learns:
+                return self._from_factors(ids)
+            return functional.embedding(ids, self._once("expanded", self.expanded))
+
+        def _from_factors(self, ids: Tensor) -> Tensor:
+            """A lookup in every band, clamped to its rows, of which the one of the token's own band counts."""
+            # LiteRT looks up floats alone; an index_select becomes a gather, which takes whole numbers.
+            at = self.positions.index_select(0, ids.reshape(-1)).view(ids.shape)
+            found = None
+            for number, (band, start) in enumerate(zip(self.layout.bands, self.layout.starts, strict=True)):
+                place = at - start
+                vectors = self._vectors(functional.embedding(place.clamp(0, band.count - 1), self.rows(number)), number)
+                # Bands are walked in order, so that what is at or behind its start is the band's or a later one's.
+                found = vectors if found is None else torch.where((place >= 0)[..., None], vectors, found)
+            assert found is not None
+            return found
+
+        def scores(self, x: Tensor) -> Tensor:
+            """``x`` [..., width] times every token's vector, [..., rows]."""
+            parts = []
+            for number in range(len(self.layout.bands)):
+                projection = self.projection(number)
+                narrow = x if projection is None else functional.linear(x, projection.to(x.dtype))
+                scores = functional.linear(narrow, self.rows(number).to(x.dtype))
+                mean = self.mean(number)
+                parts.append(scores if mean is None else scores + functional.linear(x, mean[None].to(x.dtype)))
+            return torch.cat(parts, -1).index_select(-1, self.positions)
+
+        def _vectors(self, rows: Tensor, number: int) -> Tensor:
+            projection, mean = self.projection(number), self.mean(number)
+            vectors = rows if projection is None else rows @ projection
+            return vectors if mean is None else vectors + mean
+
+        def _read(self, name: str, columns: int, bits: int) -> Tensor:
+            if bits == FLOAT:
+                return getattr(self, f"{name}_float")
+            if bits == 16:
+                return self._once(name, lambda: getattr(self, f"{name}_half").float())
+            return self._once(
+                name,
+                lambda: rounding.values(
+                    rounding.unpack(getattr(self, f"{name}_int{bits}").view(torch.uint8), columns, bits),
+                    getattr(self, f"{name}_scale"),
+                    bits,
+                ),
+            )
+
+        def _once(self, name: str, make: Any) -> Tensor:
+            learned = (one for one in self.parameters() if not one.is_inference())
+            state = (self.index.device, *(parameter._version for parameter in learned))
+            known, found = self._kept.get(name, (None, None))
+            if known != state:
+                # What inference mode makes could not be used in a training later.
+                with torch.inference_mode(False), torch.no_grad():
+                    found = make()
+                self._kept[name] = state, found
+            return found
+
+        def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+            super()._load_from_state_dict(*given, **named)
+            self._kept = {}
+
+        def extra_repr(self) -> str:
+            bands = ", ".join(f"{band.count} x {band.rank} in {band.bits} bits" for band in self.layout.bands)
+            return f"{self.layout.rows}, {self.layout.width}: {bands}"
+
+    class Embedding(nn.Module):
+        def __init__(self, table: Any, factor: float, padding_idx: int | None) -> None:
+            super().__init__()
+            self.table = table
+            self.factor = factor
+            self.padding_idx = padding_idx
+            self.num_embeddings, self.embedding_dim = table.layout.rows, table.layout.width
+
+        def forward(self, ids: Tensor) -> Tensor:
+            vectors = self.table.lookup(ids)
+            if self.padding_idx is not None and torch.is_grad_enabled() and vectors.requires_grad:
+                # As torch's own: padding teaches its row nothing.
+                padded = (ids == self.padding_idx)[..., None]
+                vectors = torch.where(padded, vectors.detach(), vectors)
+            return vectors if self.factor == 1 else vectors * self.factor
+
+        @property
+        def weight(self) -> Tensor:
+            return self.table.expanded()
+
+    class Head(nn.Module):
+        def __init__(self, table: Any, bias: Any) -> None:
+            super().__init__()
+            self.table = table
+            self.bias = bias
+            self.in_features, self.out_features = table.layout.width, table.layout.rows
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.table.scores(x)
+            return scores if self.bias is None else scores + self.bias
+
+        @property
+        def weight(self) -> Tensor:
+            return self.table.expanded()
+
+    return SimpleNamespace(Table=Table, Embedding=Embedding, Head=Head)

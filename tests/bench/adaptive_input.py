@@ -1,0 +1,256 @@
+"""Quality against bytes of a trained model's table of tokens: bands against peers, and the time of a lookup.
+
+    python -m tests.bench.adaptive_input --train NOVELS/train --eval NOVELS/valid --work FOLDER
+    python -m tests.bench.adaptive_input --train WIKITEXT/valid.txt --eval WIKITEXT/test.txt --work FOLDER
+    python -m tests.bench.adaptive_input --train SST2/train.jsonl --eval SST2/dev.jsonl --model MINILM --work FOLDER
+
+A tied decoder of 0.9 M weights is trained on plain text, or with ``--model`` a classifier on sentences with labels
+(kept in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times
+fewer than float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits;
+plain SVD and GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16;
+product quantization with 256 vectors for every part of a row.
+All in one run; nothing is random but the seed's choice. Prints
+tables in Markdown and draws ``adaptive_input.png`` into ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import embedding
+
+from specs.schema.base import Task
+from specs.schema.graph import BaselineSpec
+from specs.schema.pipeline import DataSpec, ModelSpec
+from specs.schema.steps.adaptive_input import AdaptiveInputSpec
+from specs.schema.steps.finetune import FinetuneSpec
+from tasks.adaptive_input import rounding, table
+from tasks.adaptive_input.adaptive_input import adaptive_input, stored_table
+from tasks.adaptive_input.bands import Measured
+from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.information import count, unigram
+from tasks.compress.calibrate import outputs
+from tasks.data import encode
+from tasks.data.encoded import Encoded
+from tasks.finetune.finetune import finetune
+from tasks.models import load
+from tasks.models.origin import import_model
+from tests.bench.quantization import losses_of
+from tests.support import as_artifact, context
+
+DECODER = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+LOOKUPS = 200
+
+
+def svd(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
+    """The best factors of a rank, in float16."""
+    rows, width = weight.shape
+    rank = max(1, min(width, budget // (2 * (rows + width))))
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    made = (left[:, :rank] * values[:rank]).half().double() @ right[:rank].half().double()
+    return made.float(), 2 * rank * (rows + width)
+
+
+def product(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
+    """Product quantization (Jégou et al., 2011): k-means of 256 vectors for each part of the rows."""
+    rows, width = weight.shape
+    parts = max((n for n in range(1, width + 1) if width % n == 0 and rows * n + 512 * width <= budget), default=1)
+    made = torch.empty_like(weight)
+    generator = torch.Generator().manual_seed(0)
+    for at in range(0, width, width // parts):
+        some = weight[:, at : at + width // parts]
+        centres = some[torch.randperm(rows, generator=generator)[:256]].clone()
+        for _ in range(15):
+            nearest = torch.cdist(some, centres).argmin(1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, some)
+            sizes = torch.bincount(nearest, minlength=len(centres))[:, None]
+            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+        made[:, at : at + width // parts] = centres.half().float()[torch.cdist(some, centres).argmin(1)]
+    return made, rows * parts + 512 * width
+
+
+def group_reduce(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
+    """Bands and ranks in float16, weighted by frequency."""
+    plain = metric(weight.shape[1], None, 0)
+    found = Measured([weight], [plain], unigram(counts), (16,), 5, torch.Generator().manual_seed(0))
+
+    def made(_: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
+        fitted = found.allocate(budget)
+        if fitted is None:
+            return torch.zeros_like(weight), 0
+        return stored_table(fitted[0]).expanded(), fitted[0].layout.bytes
+
+    return made
+
+
+def judge(network: Any, data: Encoded, task: Task) -> np.ndarray:
+    """What a model is judged by for each example: the loss of each window, or whether the label is right."""
+    if task == "text-generation":
+        return losses_of(network, data)[0]
+    parts = [data.take(slice(at, at + 64)) for at in range(0, len(data), 64)]
+    return np.concatenate([(outputs(network, part).argmax(1).numpy() == part.labels) for part in parts]).astype(float)
+
+
+def shown(values: np.ndarray, dense: np.ndarray, tokens: int, task: Task) -> tuple[str, float]:
+    """Quality and its change against the dense table, with a paired bootstrap over the examples; and the change."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
+    if task == "text-generation":
+        changes = 100 * (np.exp((values - dense)[drawn].mean(1) / tokens) - 1)
+        change, quality = 100 * (np.exp((values - dense).mean() / tokens) - 1), f"{np.exp(values.mean() / tokens):.1f}"
+        unit = "%"
+    else:
+        changes = 100 * (values - dense)[drawn].mean(1)
+        change, quality, unit = 100 * (values - dense).mean(), f"{values.mean():.3f}", " points"
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return f"{quality} | {change:+.2f}{unit} [{low:+.2f}, {high:+.2f}]", float(change)
+
+
+def lookups(folder: Path, weight: torch.Tensor, length: int) -> list[str]:
+    """Rows of the table of times: a lookup of 32 texts, medians in turns, one thread."""
+    made = table.tables(load(folder))[0]
+    ids = torch.randint(len(weight), (32, length), generator=torch.Generator().manual_seed(0))
+    thin = [(rows := made.rows(n))[:, : max(1, rows.shape[1] // 4)].contiguous() for n in range(len(made.layout.bands))]
+
+    def quarter() -> list[torch.Tensor]:
+        """What a level of a quarter of the rank costs at least: the gathers and products of every band."""
+        found = []
+        for number, rows in enumerate(thin):
+            project = made.projection(number)
+            vectors = embedding(ids % len(rows), rows)
+            found.append(vectors if project is None else vectors @ project[: rows.shape[1]])
+        return found
+
+    ways: dict[str, Callable[[], Any]] = {
+        "dense table": lambda: embedding(ids, weight),
+        "bands, as the step's model looks up": lambda: made.lookup(ids),
+        "bands, from factors in every call": lambda: made._from_factors(ids),
+        "a quarter of the rank for every token": quarter,
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for _ in range(LOOKUPS):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                spent[name].append(time.perf_counter() - started)
+    first = statistics.median(spent["dense table"])
+    return [
+        f"| {name} | {1e6 * statistics.median(times):.0f} us | {statistics.median(times) / first:.2f} |"
+        for name, times in spent.items()
+    ]
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], what: str, file: Path) -> None:
+    """Change of quality against bytes, a line for every method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1.2, label=name)
+    axes.set(xscale="log", yscale="symlog", xlabel="bytes of the table", ylabel=what)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", help="a classifier's folder; default: a decoder from random weights")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps of the training")
+    parser.add_argument("--heal", type=int, default=300, help="optimiser steps of the healing")
+    parser.add_argument("--examples", type=int, default=200, help="windows that judge; sentences: all")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 24, 32])
+    given = parser.parse_args()
+    task: Task = "text-classification" if given.model else "text-generation"
+    model = ModelSpec(source=given.model) if given.model else ModelSpec(config=DECODER)
+    data = DataSpec(train=str(given.train), eval=str(given.eval), max_length=64)
+
+    def place(name: str) -> Any:
+        ctx = context(given.work / name, task, data, model)
+        return dataclasses.replace(ctx, store=given.work / "store")
+
+    trained = given.work / "trained" / "out"
+    size = {"batch_size": 16, "validation": 0.01}
+    rate = 1e-4 if given.model else 3e-3
+    if not (trained / "config.json").exists():
+        start = place("baseline")
+        if not (start.out / "config.json").exists():
+            import_model(spec=BaselineSpec(uses="model", id="baseline", model=model), ctx=start)
+        fields: dict[str, Any] = {**size, "max_steps": given.steps, "learning_rate": rate, "eval_steps": 200}
+        spec = FinetuneSpec(uses="finetune", id="t", **fields)
+        print(finetune(as_artifact(start.out), spec=spec, ctx=place("trained")).summary)
+    windows = encode(data, "eval", task, trained, given.work / "store")
+    if task == "text-generation":
+        whole = np.flatnonzero(windows.lengths() == windows.length)
+        windows = windows.take(whole[np.linspace(0, len(whole) - 1, min(given.examples, len(whole))).astype(int)])
+    network: Any = load(trained)
+    weight = network.get_input_embeddings().weight.detach().clone()
+    counts = count(encode(data, "train", task, trained, given.work / "store"), len(weight))
+    tokens, whole_bytes = windows.length - 1, 4 * weight.numel()
+    base = judge(network, windows, task)
+    print(f"\n{len(windows)} examples; float32 {whole_bytes / 1000:.0f} kB, {shown(base, base, tokens, task)[0]}\n")
+    print("| method | bytes | times smaller | quality | change [95 %] |\n| --- | --- | --- | --- | --- |", flush=True)
+    curves: dict[str, list[tuple[int, float]]] = {}
+
+    def row(name: str, bytes_: int, values: np.ndarray) -> None:
+        text, change = shown(values, base, tokens, task)
+        curves.setdefault(name, []).append((bytes_, change))
+        print(f"| {name} | {bytes_ / 1000:.1f} kB | {whole_bytes / max(bytes_, 1):.1f} | {text} |", flush=True)
+
+    def replaced(name: str, made: torch.Tensor, bytes_: int) -> None:
+        with torch.no_grad():
+            network.get_input_embeddings().weight.copy_(made)
+        row(name, bytes_, judge(network, windows, task))
+
+    for bits in (8, 4, 2):
+        replaced(f"uniform int{bits}", rounding.rounded(weight, bits), rounding.bytes_of(*weight.shape, bits))
+    peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
+    training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1), "learning_rate": rate}
+    for ratio in given.ratios:
+        budget = int(whole_bytes / ratio)
+        for name, peer in peers.items():
+            made, bytes_ = peer(weight, budget)
+            if 0 < bytes_ <= budget:
+                replaced(name, made, bytes_)
+        ours: dict[str, dict[str, Any] | None] = {"bands": None}
+        if given.heal:
+            ours |= {"bands, healed": training, "bands, healed with the model": {**training, "trains": "model"}}
+        for name, heal in ours.items():
+            ctx = place(f"{ratio:g}x {name}".replace(" ", "-"))
+            spec = AdaptiveInputSpec.model_validate({"uses": "adaptive_input", "id": "a", "ratio": ratio, "heal": heal})
+            result = adaptive_input(as_artifact(trained), spec=spec, ctx=ctx)
+            row(name, result.properties["adaptive_input"]["bytes"], judge(load(ctx.out), windows, task))
+    print("\n| lookup of 32 texts | time | against dense |\n| --- | --- | --- |")
+    print("\n".join(lookups(given.work / f"{given.ratios[-1]:g}x-bands" / "out", weight, windows.length)))
+    draw(
+        curves, "change of perplexity, %" if task == "text-generation" else "points", given.work / "adaptive_input.png"
+    )
+
+
+if __name__ == "__main__":
+    main()
