@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
 from tasks.context import StepResult
