@@ -72,7 +72,7 @@ def align(student: Path, teacher: Path, data: Encoded, spec: DistillSpec, ctx: S
             raise StepError(f"{differs}, and they do not read the same examples; {_REMEDY}")
         return Aligned(data=read, about="each reads by its own tokenizer")
     _refuse(differs, _unchecked(spec))
-    found = {side: _table(*vocabularies, differs) for side, vocabularies in tables.items()}
+    found = {side: _table(ours, theirs, differs) for side, (ours, theirs) in tables.items()}
     reads, writes = found.get("core"), found.get("writes")
     read = encode(ctx.data, "train", ctx.task, teacher, ctx.store)
     sides = (("input_ids", "attention_mask", reads), ("target_ids", "target_mask", writes))

@@ -177,8 +177,8 @@ def _generate(
     settings["pad_token_id"] = 0 if pad is None else pad
     if start is None:
         return model.generate(**given, **settings)
-    generate: Any = GenerationMixin.generate
-    return generate(model, **given, **settings, decoder_input_ids=start)
+    plain: Any = GenerationMixin
+    return plain.generate(model, **given, **settings, decoder_input_ids=start)
 
 
 def _ends(model: Any) -> list[int]:
