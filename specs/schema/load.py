@@ -126,7 +126,7 @@ def _read(path: Path) -> str:
     if len(raw) > MAX_BYTES:
         raise _refusal(path, f"larger than {MAX_BYTES // 2**20} MiB", "a spec is a page of text")
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         line = before.count(b"\n") + 1

@@ -348,3 +348,22 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
     raw = b"\xef\xbb\xbf" + GOOD.replace("h: 64", "h: many").replace("\n", "\r\n").encode()
     found = mistakes(tmp_path, raw)
     assert [(m.line, m.column) for m in found] == [(7, 15)]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_a_line_ends_as_editors_end_it(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_bytes(f'name: a{end}task: "b{end}'.encode())
+    with pytest.raises(SpecErrors) as caught:
+        load(path)
+    assert (caught.value.mistakes[0].line, caught.value.mistakes[0].message[:14]) == (3, "not valid YAML")
+
+
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029"])
+def test_separators_that_no_editor_shows_are_refused_in_their_place(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(f"name: a\ntask: b{separator}c\n", encoding="utf-8")
+    with pytest.raises(SpecErrors) as caught:
+        load(path)
+    assert (caught.value.mistakes[0].line, caught.value.mistakes[0].column) == (2, 8)
+    assert f"U+{ord(separator):04X}" in caught.value.mistakes[0].message

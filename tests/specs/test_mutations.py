@@ -66,7 +66,7 @@ def _flaw_of(outcome: LoadedSpec | SpecErrors, path: Path, overrides: Sequence[s
     at a place that there is, in the order of their places."""
     if isinstance(outcome, LoadedSpec):
         return "" if len(build(outcome.spec)) == len(outcome.spec.steps) + 1 else "a graph of other steps"
-    lines = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n").split("\n")
+    lines = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     sources = {f"--set {override if len(override) <= 80 else override[:80] + '…'}" for override in overrides}
     for mistake in outcome.mistakes:
         inside = mistake.file == str(path) and 1 <= mistake.line <= len(lines)
