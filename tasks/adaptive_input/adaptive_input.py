@@ -190,7 +190,7 @@ def _placed(
     return hard, ""
 
 
-def stored_table(fitted: Fitted) -> nn.Module:
+def stored_table(fitted: Fitted) -> Any:
     """A fit, rounded, as the module that is stored."""
     tensors = {}
     for number, band in enumerate(fitted.layout.bands):

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from tasks.finetune.loop import Trained
 
 
-def soften(fitted: Fitted) -> nn.Module:
+def soften(fitted: Fitted) -> Any:
     """A table that is rounded in every pass and learns through it; see ``rounding.through``."""
     return _soft()(fitted)
 
 
-def harden(soft: Any) -> nn.Module:
+def harden(soft: Any) -> Any:
     """The table as it is stored."""
     import torch
 

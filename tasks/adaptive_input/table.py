@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "adaptive-input"
 
 
-def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> nn.Module:
+def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> Any:
     """A table as it is stored.
 
     Args:

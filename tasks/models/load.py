@@ -130,14 +130,14 @@ def save(
         compute_dtype: recorded where the model is stored in another type than it computes in.
     """
     out.mkdir(parents=True, exist_ok=True)
-    transforms = getattr(model, _REPLAYED, ()) if transforms is None else transforms
-    if transforms:
+    recorded: tuple[Mapping[str, Any], ...] = tuple(getattr(model, _REPLAYED, ()) if transforms is None else transforms)
+    if recorded:
         aliases = _save_state(model, out)
     else:
         quiet()
         model.save_pretrained(out, max_shard_size="1000GB")  # type: ignore[operator]
         aliases = {}
-    write_extras(out, Extras(tuple(transforms), aliases, compute_dtype))
+    write_extras(out, Extras(recorded, aliases, compute_dtype))
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, out)
 

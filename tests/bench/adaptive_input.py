@@ -126,7 +126,7 @@ def shown(values: np.ndarray, dense: np.ndarray, tokens: int, task: Task) -> tup
 
 def lookups(folder: Path, weight: torch.Tensor, length: int) -> list[str]:
     """Rows of the table of times: a lookup of 32 texts, medians in turns, one thread."""
-    made = table.tables(load(folder))[0]
+    made: Any = table.tables(load(folder))[0]
     ids = torch.randint(len(weight), (32, length), generator=torch.Generator().manual_seed(0))
     thin = [(rows := made.rows(n))[:, : max(1, rows.shape[1] // 4)].contiguous() for n in range(len(made.layout.bands))]
 
@@ -228,7 +228,9 @@ def main() -> None:
         row(name, bytes_, judge(network, windows, task))
 
     for bits in (8, 4, 2):
-        replaced(f"uniform int{bits}", rounding.rounded(weight, bits), rounding.bytes_of(*weight.shape, bits))
+        replaced(
+            f"uniform int{bits}", rounding.rounded(weight, bits), rounding.bytes_of(len(weight), weight.shape[1], bits)
+        )
     peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
     training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1), "learning_rate": rate}
     for ratio in given.ratios:

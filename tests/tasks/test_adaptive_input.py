@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +27,14 @@ from tasks.context import StepError
 from tasks.data import encode
 from tasks.evaluate.footprint import of_model
 from tasks.finetune.finetune import finetune
-from tasks.models import load
+from tasks.models import load as load_module
 from tasks.models.support import supports
 from tests.support import TASKS_OF, as_artifact, context, tiny_model
+
+
+def load(folder: Path) -> Any:
+    return load_module(folder)
+
 
 FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "whisper")
 
@@ -50,7 +57,8 @@ def _data(request, family):
 
 
 def _spec(**fields):
-    return AdaptiveInputSpec(uses="adaptive_input", id="a", **{"bits": (16, 4, 1), "bands": 3} | fields)
+    defaults = {"uses": "adaptive_input", "id": "a", "bits": (16, 4, 1), "bands": 3}
+    return AdaptiveInputSpec.model_validate(defaults | fields)
 
 
 def _run(request, folder, family, **fields):
@@ -145,7 +153,7 @@ def test_contextual_information_moves_precision(request, tmp_path):
 def test_factors_are_trained_from_scratch(request, tmp_path):
     llama, data = request.getfixturevalue("llama"), request.getfixturevalue("text_data")
     ctx = context(tmp_path / "a", "text-generation", data)
-    spec = AdaptiveInputSpec(uses="adaptive_input", id="a", ratio="3x", method="adaptive", bands=3)
+    spec = AdaptiveInputSpec(uses="adaptive_input", id="a", ratio=3.0, method="adaptive", bands=3)
     result = adaptive_input(as_artifact(llama), spec=spec, ctx=ctx)
     about = result.properties["adaptive_input"]
     assert about["bytes"] <= about["budget"]

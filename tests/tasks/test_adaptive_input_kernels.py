@@ -141,6 +141,12 @@ def measured():
     return _measured(800, 24)
 
 
+def _allocated(found, budget):
+    fitted = found.allocate(budget)
+    assert fitted is not None
+    return fitted[0]
+
+
 def _taken(made):
     return sum(tensor.nbytes + HEADER for tensor in made.state_dict().values())
 
@@ -179,22 +185,22 @@ def _lost(measured, made):
 
 
 def test_more_bytes_lose_no_more(measured):
-    lost = [_lost(measured, stored_table(measured[2].allocate(budget)[0])) for budget in (6000, 9000, 14_000, 24_000)]
+    lost = [_lost(measured, stored_table(_allocated(measured[2], budget))) for budget in (6000, 9000, 14_000, 24_000)]
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] < 0.1 * lost[0]
 
 
 def test_the_measured_cost_is_that_of_what_is_stored(measured):
     tables, told, found = measured
-    fitted = found.allocate(9000)[0]
+    fitted = _allocated(found, 9000)
     energy = (torch.from_numpy(told.weights) * tables[0].double().square().sum(1)).sum()
     # The fit goes on where the curve stops, so that it may be better, and never much worse.
     assert 0.5 * fitted.cost < _lost(measured, stored_table(fitted)) / float(energy) < 1.1 * fitted.cost
 
 
 def test_bands_beat_one_band(measured):
-    ours = _lost(measured, stored_table(measured[2].allocate(9000)[0]))
-    alone = _lost(measured, stored_table(_measured(800, 24, most=1)[2].allocate(9000)[0]))
+    ours = _lost(measured, stored_table(_allocated(measured[2], 9000)))
+    alone = _lost(measured, stored_table(_allocated(_measured(800, 24, most=1)[2], 9000)))
     assert ours < 0.9 * alone
 
 
