@@ -24,7 +24,7 @@ VARIANTS = {
 def look(spec: PruneSpec, config: Mapping[str, Any], task: Task, max_length: int) -> tuple[list[str], list[str]]:
     """What stops pruning, and what it will not bring, before anything is done."""
     if spec.method in STRUCTURED:
-        return structured.preflight(spec, config, task), []
+        return structured.preflight(spec, config, task)
     if spec.method == "vocabulary":
         return [], []
     return unstructured.preflight(spec, config, task)

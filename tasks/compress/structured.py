@@ -45,8 +45,8 @@ class Way:
     said: Callable[[Mapping[str, Any], Mapping[str, int]], tuple[dict[str, Any], list[str]]] = lambda *_: ({}, [])
 
 
-def preflight(spec: PruneSpec, config: Mapping[str, Any], task: Task) -> list[str]:
-    """What stops the step, known from the configuration of the model alone."""
+def preflight(spec: PruneSpec, config: Mapping[str, Any], task: Task) -> tuple[list[str], list[str]]:
+    """What stops the step, and what does not but matters, known from the configuration of the model alone."""
     import torch
     from transformers import AutoConfig
 
@@ -63,8 +63,8 @@ def preflight(spec: PruneSpec, config: Mapping[str, Any], task: Task) -> list[st
         if spec.keep.unit != "seconds":
             search.by_size(way, model, spec.keep)
     except StepError as error:
-        return [str(error)]
-    return []
+        return [str(error)], []
+    return [], [f"hidden_by: pca: {name}, which is tied, becomes a table of its own" for name in _untied(model, spec)]
 
 
 def refuses(spec: PruneSpec, family: Family) -> str | None:
@@ -185,7 +185,7 @@ def _width(network: nn.Module, spec: PruneSpec) -> Way:
     turns = spec.hidden_by == "pca"
     if turns:
         principal.check(network, parts)
-    untied = [f"{name}.weight" for name in parts.head if turns and f"{name}.weight" in parts.ties]
+    untied = _untied(network, spec)
     hidden = parts.stacks[0].fields["width"]
 
     def scores(data: Encoded, ctx: StepContext) -> dict[str, Any]:
@@ -226,6 +226,14 @@ def _width(network: nn.Module, spec: PruneSpec) -> Way:
         ]
 
     return Way(space.left, lambda share: width.shape(parts, space, share), config, scores, carry_out, said)
+
+
+def _untied(network: nn.Module, spec: PruneSpec) -> list[str]:
+    """The tied weights of the head that the step gives a tensor of their own."""
+    from tasks.models.anatomy import anatomy
+
+    parts = anatomy(network)
+    return [f"{name}.weight" for name in parts.head if spec.hidden_by == "pca" and f"{name}.weight" in parts.ties]
 
 
 def _depth(network: nn.Module, spec: PruneSpec) -> Way:

@@ -197,3 +197,13 @@ def _task(kind: str) -> Any:
     from tests.tasks.test_models_anatomy import TASKS
 
     return TASKS.get(kind, "translation")
+
+
+def test_a_head_that_loses_its_tie_is_told_before():
+    for tied in (True, False):
+        config = FIELDS["gpt2"] | {"tie_word_embeddings": tied, "model_type": "gpt2"}
+        problems, remarks = look(spec(), config, "text-generation", 32)
+        assert problems == []
+        assert remarks == (
+            ["hidden_by: pca: lm_head.weight, which is tied, becomes a table of its own"] if tied else []
+        )
