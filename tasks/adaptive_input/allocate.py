@@ -51,7 +51,7 @@ def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: 
     unit = max(1, budget // units)
     budget //= unit
     tables = [(count, _in_units(runs, unit)) for count, runs in tables]
-    least = [min(size for size, _ in runs[0, count]) for count, runs in tables]
+    least = [_least(count, runs, most) for count, runs in tables]
     fronts = [
         _cover(count, runs, most, budget - sum(least) + own) for (count, runs), own in zip(tables, least, strict=True)
     ]
@@ -90,6 +90,20 @@ def frontier(count: int, runs: Runs, most: int, units: int) -> tuple[np.ndarray,
     unit = max(1, highest // units)
     found = _whole(_cover(count, _in_units(runs, unit), most, -(-highest // unit)), count)
     return found.sizes * unit, found.costs
+
+
+def _least(count: int, runs: Runs, most: int) -> int:
+    """The fewest bytes that a table can take: one band is not always the smallest way."""
+    smallest = {run: min(size for size, _ in options) for run, options in runs.items()}
+    found, whole = {0: 0}, []
+    for number in range(1, min(most, count) + 1):
+        whole.append(min(size + smallest[start, count] for start, size in found.items()))
+        if number < min(most, count):  # a band is left for the rest
+            found = {
+                end: min(size + smallest[start, end] for start, size in found.items() if start < end)
+                for end in range(number, count)
+            }
+    return min(whole)
 
 
 def _in_units(runs: Runs, unit: int) -> Runs:
