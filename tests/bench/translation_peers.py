@@ -5,8 +5,8 @@ after the other.
     python -m tests.bench.translation_peers --model MODEL_FOLDER --export EXPORT_FOLDER --data test.jsonl
 
 ``MODEL_FOLDER`` and ``EXPORT_FOLDER`` are artifacts of a run (`lathe cache ls` names them). Every sentence is
-translated alone and greedily, on the same threads; the sentences are gone through ``--repeats`` times, and the median
-of the rounds counts. Prints a table in Markdown.
+translated alone and greedily, by every engine on one thread and on ``--threads``; the sentences are gone through
+``--repeats`` times, and the median of the rounds counts, against that of the faster torch. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -113,18 +114,18 @@ def main() -> None:
     rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()][: given.sentences]
     tokenizer = Tokenizer.from_file(str(given.model / "tokenizer.json"))
     sentences = [encoding.ids for encoding in tokenizer.encode_batch([row["source"] for row in rows])]
-    print("| engine | threads | size | a sentence (median) | against torch | BLEU |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    reference = 0.0
+    found = []
     for name, threads in [(name, threads) for name in ENGINES for threads in sorted({1, given.threads})]:
-        if threads != given.threads and not name.startswith("CTranslate2"):
-            continue
+        print(f"  {name}, threads: {threads}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # one engine's threads spin a while
             measured = process.submit(
                 _measure, name, given.model, given.export, sentences, given.repeats, threads, given.limit
             )
-            seconds, size, written = measured.result()
-        reference = reference or seconds
+            found.append((name, threads, *measured.result()))
+    reference = min(seconds for name, _, seconds, _, _ in found if name.startswith("torch"))
+    print("| engine | threads | size | a sentence (median) | against torch | BLEU |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, threads, seconds, size, written in found:
         score = sacrebleu.corpus_bleu([tokenizer.decode(ids) for ids in written], [[r["target"] for r in rows]])
         cells = (name, str(threads), f"{size / 1e6:.2f} MB", f"{1e3 * seconds:.2f} ms", f"{reference / seconds:.1f}x")
         print(f"| {' | '.join(cells)} | {score.score:.1f} |", flush=True)
