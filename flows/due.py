@@ -32,7 +32,7 @@ def cover_due() -> None:
     with get_client(sync_client=True) as client:
         mine = client.read_flow_run(UUID(str(identifier)))
         if mine.auto_scheduled and mine.deployment_id is not None:
-            _cancel_due(client, mine.deployment_id, COVERED)
+            _cancel_due(client, mine.deployment_id, COVERED, StateType.SCHEDULED)
 
 
 def skip_missed(deployment: str) -> int:
@@ -46,14 +46,15 @@ def skip_missed(deployment: str) -> int:
             found = client.read_deployment_by_name(deployment)
         except ObjectNotFound:
             return 0
-        return _cancel_due(client, found.id, MISSED)
+        # One that is pending was interrupted while its process began.
+        return _cancel_due(client, found.id, MISSED, StateType.SCHEDULED, StateType.PENDING)
 
 
-def _cancel_due(client: SyncPrefectClient, deployment: UUID, message: str) -> int:
-    """Cancel what a deployment's schedule should have begun by now and has not."""
+def _cancel_due(client: SyncPrefectClient, deployment: UUID, message: str, *states: StateType) -> int:
+    """Cancel what a deployment's schedule should have begun by now and that is in one of ``states``."""
     wanted = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
         expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
     )
     cancelled = 0

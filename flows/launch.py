@@ -50,6 +50,7 @@ def launch(chosen: Selection, server: Server) -> dict[str, Any]:
         logging.raiseExceptions = False  # what Prefect still wants to log finds no server; it need not say so
         raise
     outcome = getattr(state.data, "result", state.data)  # Prefect wraps what a flow returns
+    outcome = getattr(outcome, "outcome", outcome)
     if isinstance(outcome, dict):
         return outcome
     if state.is_cancelled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import signal
 import threading
@@ -17,12 +18,13 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.due import cover_due
-from flows.errors import PlanError
+from flows.errors import PlanError, RunEnded
 from flows.finish import Outcome, cut_short, finish
 from flows.home import Home, new_run_id
 from flows.places import Problem, named_in, path_of_step, placed
@@ -30,9 +32,12 @@ from flows.plan import Plan, PlannedStep, make_plan
 from flows.reconcile import reconcile, remember_flow_run, watch_for_cancel
 from flows.record import read_run
 from specs.schema.gates import GateSpec
+from specs.schema.graph import GraphError
 from specs.schema.load import LoadedSpec, load
+from specs.schema.mistakes import SpecErrors
 from tasks import events, supervise
 from tasks.artifacts import Store
+from tasks.context import StepError
 from tasks.jobs import StepJob
 from tasks.journal import Journal, environment, git_state
 from tasks.run_step import run_step
@@ -98,9 +103,22 @@ def optimize(
         run = Run(loaded, place, plan, resume_command(path, overrides, only))
         outcome = run.carry_out()
         _leave_artifacts(run, outcome)
-    state = STATE_OF_STATUS[outcome.status]
-    name = PREFECT_NAME.get(outcome.status)
-    return state(message=outcome.message, data=outcome.as_json(), **({"name": name} if name else {}))
+    state, name = STATE_OF_STATUS[outcome.status], PREFECT_NAME.get(outcome.status)
+    found = outcome.as_json()
+    data = found if state is Completed else RunEnded(outcome.message, found)
+    return state(message=outcome.message, data=data, **({"name": name} if name else {}))
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What a run that Prefect started in a process of its own says of an end that is no fault of the program."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (RunEnded, StepError, SpecErrors, GraphError, CancelledRun, TerminationSignal)):
+        record.msg, record.args = f"the run ended: {error}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
+logging.getLogger("prefect.engine").addFilter(_without_traceback)
 
 
 def resume_command(spec: Path, overrides: Sequence[str], only: str | None) -> str:

@@ -148,7 +148,7 @@ def make_plan(
     try:
         findings = inspect(spec, nodes, device, threads, home.workers_log)
     except supervise.ChildFailed as error:
-        failure = StepError(loaded.redact(f"the look at the model failed: {error}"))
+        failure = StepError(loaded.redact(f"the look at the model failed: {error}; see {home.workers_log}"))
         failure.add_note(loaded.redact(error.details))
         raise failure from None
     if findings.problems:

@@ -29,10 +29,20 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+class _Console(Console):
+    """A console whose reader may go, as ``head`` does: what it would show is lost then, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 def _console(stream: TextIO, stderr: bool = False) -> Console:
     # rich would ask the other streams for the width, and a piped table would depend on the size of the window.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 80
-    return Console(stderr=stderr, width=width, highlight=False)
+    return _Console(stderr=stderr, width=width, highlight=False)
 
 
 out = _console(sys.stdout)

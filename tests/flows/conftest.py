@@ -166,6 +166,8 @@ class Project:
             contextlib.chdir(self.folder),
             # Prefect reads the environment once; its threads know no other settings than these.
             mock.patch.object(context, "GLOBAL_SETTINGS_CONTEXT", context.root_settings_context()),
+            # Ctrl-C is for pytest.
+            mock.patch.multiple("flows.cli", end_at_once=signal.default_int_handler, leave=sys.exit),
             contextlib.redirect_stdout(io.StringIO()) as out,
             contextlib.redirect_stderr(io.StringIO()) as err,
             pytest.raises(SystemExit) as end,

@@ -226,3 +226,19 @@ def test_piped_output_has_80_columns_and_no_colour(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "\x1b" not in done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_reader_that_goes_ends_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from flows.terminal import err, out\n"
+        "for _ in range(3000): out.print('x' * 60); err.print('y' * 60)\n"
+        "pathlib.Path(sys.argv[1]).touch()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "done")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(60) == 0
+    assert (tmp_path / "done").exists()

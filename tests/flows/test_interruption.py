@@ -41,7 +41,7 @@ def children(pid: int) -> list[int]:
 
 def assert_gone(pids: list[int]) -> None:
     alive = lambda: [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]  # noqa: E731
-    wait_for(lambda: not alive(), 10, f"the end of {pids}")
+    wait_for(lambda: not alive(), 30, f"the end of {pids}")
 
 
 def test_ctrl_c_cancels_in_good_order(project: Project, prefect_server: Server):

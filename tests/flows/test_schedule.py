@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
 from datetime import timedelta
 
 import pytest
+from prefect.engine import handle_engine_signals
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.due import COVERED, MISSED, skip_missed
+from flows.errors import RunEnded
 from flows.schedule import schedule_of
 from specs.schema.pipeline import ScheduleSpec
 from tests.flows.conftest import Project, Server, wait_for
@@ -44,9 +48,24 @@ def test_a_schedule_needs_a_server_that_stays(lonely: Project):
     assert "serving" not in done.stderr
 
 
+def test_a_run_that_does_not_pass_leaves_a_line_and_no_traceback():
+    shown = io.StringIO()
+    handler, log = logging.StreamHandler(shown), logging.getLogger("prefect.engine")
+    log.addHandler(handler)
+    try:
+        with pytest.raises(SystemExit), handle_engine_signals():
+            raise RunEnded("1 of 2 gates failed", {"status": "failed"})
+        assert shown.getvalue() == "the run ended: 1 of 2 gates failed\n"
+        with pytest.raises(SystemExit), handle_engine_signals():
+            raise ZeroDivisionError
+        assert "Traceback" in shown.getvalue(), "a fault of the program is hidden"
+    finally:
+        log.removeHandler(handler)
+
+
 @pytest.mark.timeout(300)
 def test_a_served_schedule_runs_again_and_again(project: Project, prefect_server: Server):
-    project.write(STEPS + "schedule: {interval: 8 s}\n")
+    project.write(STEPS + "schedule: {interval: 3 s}\n")
     assert project.lathe("run", "spec.yaml").returncode == 0
     process = project.start("deploy", "spec.yaml")
     try:
