@@ -128,7 +128,7 @@ def _read(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        before = raw[: error.start]
+        before = raw[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         line = before.count(b"\n") + 1
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
         text = f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"

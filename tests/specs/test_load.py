@@ -367,3 +367,11 @@ def test_separators_that_no_editor_shows_are_refused_in_their_place(tmp_path: Pa
         load(path)
     assert (caught.value.mistakes[0].line, caught.value.mistakes[0].column) == (2, 8)
     assert f"U+{ord(separator):04X}" in caught.value.mistakes[0].message
+
+
+def test_a_bad_byte_behind_a_carriage_return_is_in_the_next_line(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_bytes(b"name: a\rtask: \x80")
+    with pytest.raises(SpecErrors) as caught:
+        load(path)
+    assert (caught.value.mistakes[0].line, caught.value.mistakes[0].column) == (2, 7)

@@ -70,9 +70,13 @@ def test_a_child_begins_with_what_is_loaded_and_with_a_state_of_its_own(server: 
     children = [fork(server, tmp_path / "log") for _ in range(2)]
     maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in children]
     assert all("libtorch" in text for text in maps)
-    held = [{os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()} for child in children]
-    assert not any("socket" in link for links in held for link in links), "the way to the server was inherited"
-    pipes = [{link for link in links if "pipe" in link} for links in held]
+
+    def held(child: Forked) -> set[str]:
+        return {os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()}
+
+    for child in children:  # the way to the server is not inherited
+        until(lambda one=child: not any("socket" in link for link in held(one)))
+    pipes = [{link for link in held(child) if "pipe" in link} for child in children]
     assert not pipes[0] & pipes[1], "one child holds what is another's"
     for child in children:
         os.kill(child.pid, signal.SIGKILL)
