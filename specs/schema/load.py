@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from glob import iglob
@@ -108,7 +109,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
             flaws.append(Flaw(root.place, "a spec is a mapping of keys to values", example, shown(root.value)))
         if not flaws:
             flaws.append(Flaw(Place(str(path), 1, 1), "the file is empty", "`lathe init` writes a spec to start from"))
-        raise SpecErrors([_of_flaw(flaw) for flaw in flaws])
+        raise SpecErrors(
+            [_of_flaw(flaw) for flaw in sorted(flaws, key=lambda flaw: (flaw.place.line, flaw.place.column))]
+        )
     return _Loader(path, text, root, flaws).load(overrides)
 
 
@@ -126,7 +129,8 @@ def _read(path: Path) -> str:
     if len(raw) > MAX_BYTES:
         raise _refusal(path, f"larger than {MAX_BYTES // 2**20} MiB", "a spec is a page of text")
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        raw = raw.removeprefix(BOM_UTF8)
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         before = raw[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         line = before.count(b"\n") + 1

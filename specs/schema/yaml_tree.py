@@ -183,6 +183,8 @@ class _Builder:
                 if event.version not in (None, (1, 2)) or event.tags:
                     self.flaw(event, "YAML directives are refused", "leave out the lines that start with %")
                 root = self.node(next(events), events, 1)
+                if root.kind == "map":
+                    root.spoiled = False  # its tag is told, and what it holds is judged all the same
         if root is not None and root.kind == "scalar" and root.value is None and not self.flaws:
             return None
         return root

@@ -375,3 +375,9 @@ def test_a_bad_byte_behind_a_carriage_return_is_in_the_next_line(tmp_path: Path)
     with pytest.raises(SpecErrors) as caught:
         load(path)
     assert (caught.value.mistakes[0].line, caught.value.mistakes[0].column) == (2, 7)
+
+
+def test_a_root_with_a_tag_is_judged_all_the_same(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, "!\n" + GOOD + "nonsense: 1\n")
+    assert [(mistake.line, mistake.column) for mistake in found] == [(1, 1), (GOOD.count("\n") + 2, 1)]
+    assert "nonsense" in found[1].message

@@ -170,8 +170,13 @@ def test_units_raise_nothing_but_value_errors(value: object) -> None:
         assert number is None or (isfinite(number) and least <= number <= most)
 
 
+_BYTES = tuple(
+    "\r|\n|\r\n|\ufeff|\x85|\u2028|\t| |\"|'|!|a: |- |{|[|#|>|%|*|&a |${|? |...|---|name: |\0".encode().split(b"|")
+) + (b"|", b"\x80")
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(raw=st.binary(max_size=200))
+@given(raw=st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(_BYTES), max_size=14).map(b"".join)))
 def test_any_bytes(raw: bytes, tmp_path: Path) -> None:
     path = write(tmp_path, raw)
     outcome = _outcome(path)
