@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--peak", choices=["lsh", "exact"], help="for a process that ``memory`` starts")
     given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     if given.peak is not None:
         training_peak(given.peak, given.lengths[0])
