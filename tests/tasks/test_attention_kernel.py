@@ -15,13 +15,7 @@ from tasks.attention.chunked import attend_in_chunks, draw_rotations
 from tasks.attention.hashing import codes, fit
 from tasks.attention.lsh import Call, Hashed, attend
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _way(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:

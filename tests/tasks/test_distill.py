@@ -37,12 +37,7 @@ KEPT = {"epochs": 2, "top_k": 8, "validation": 0}
 FAST = {"max_steps": 3, "batch_size": 8, "validation": 0.2, "learning_rate": 1e-3, "eval_steps": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

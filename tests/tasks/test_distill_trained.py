@@ -18,12 +18,7 @@ SHAPE = StudentSpec(layers=1, hidden=16, ffn=32)
 RATE = {"learning_rate": 5e-3, "batch_size": 32, "validation": 0.0, "save_every": 1000.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _loss(model, data) -> float:

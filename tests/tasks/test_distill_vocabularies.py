@@ -26,12 +26,7 @@ from tests.support import TASKS_OF, as_artifact, context, tiny_data, tiny_model
 FAST = {"max_steps": 2, "batch_size": 8, "validation": 0.2, "eval_steps": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec(**fields: Any) -> DistillSpec:

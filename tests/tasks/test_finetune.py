@@ -24,12 +24,7 @@ from tests.tasks import tiny
 SPEC = TrainingSpec(max_steps=8, batch_size=8, learning_rate=5e-3, eval_steps=3, validation=0.2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _bits(model):

@@ -14,13 +14,7 @@ from tasks.finetune.objective import task_loss
 from tests.tasks import tiny
 from tests.tasks.test_finetune import SPEC, _bits, _curve
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def writer_batch(kind, rows=4, **fields):

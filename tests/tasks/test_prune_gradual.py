@@ -20,12 +20,7 @@ from tests.tasks import tiny
 SPEC = TrainingSpec(max_steps=12, batch_size=8, learning_rate=5e-3, eval_steps=4, validation=0.2, save_every=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradual(model, by: Any = "magnitude", sparsity=0.5, scope: Any = "layer", ramp=0.6, every=2) -> Gradual:

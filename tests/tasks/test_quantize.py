@@ -12,13 +12,7 @@ from tasks.context import StepError
 from tasks.models import load, save
 from tests.tasks import tiny
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _data(kind):

@@ -24,12 +24,7 @@ from tests.tasks import tiny
 FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "whisper", "wav2vec2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _task(family):
