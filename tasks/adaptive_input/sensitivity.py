@@ -55,7 +55,7 @@ def moments(
             with torch.enable_grad():
                 value = _likelihood(network, batch, forward(network, batch), generator)
                 vectors = [one for seen in looked_up for one in seen]
-                gradients = iter(torch.autograd.grad(value, vectors, allow_unused=True))
+                gradients = iter(torch.autograd.grad(value, vectors, allow_unused=True) if vectors else ())
             for at, place in enumerate(found):
                 for _ in looked_up[at]:
                     total[at] += _LOOKED_UP * _moment(next(gradients), place)

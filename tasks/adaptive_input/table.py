@@ -66,7 +66,7 @@ def tensors_of(number: int, band: Band, rows: Tensor, projection: Tensor | None,
 def coded_rows(number: int, band: Band, rows: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """The codes of ``rows`` [count, width] of a band without a projection, with the ``scale`` [count] of each."""
     codes = rounding.pack(rounding.to_codes(rows, scale, band.bits), band.most)
-    return {f"rows{number}_codes": _signed(codes), f"rows{number}_scale": scale.half()}
+    return {_coded("rows", number, rows): _signed(codes), f"rows{number}_scale": scale.half()}
 
 
 def coded_columns(
@@ -88,10 +88,17 @@ def coded_columns(
     directions = rounding.to_codes(projection, behind, bits)
     length = rounding.values(directions, behind, bits).norm(dim=1)
     return {
-        f"rows{number}_codes": _signed(rounding.pack_levels(rounding.to_codes(rows.T, scale, band.bits), band.levels)),
+        _coded("rows", number, rows): _signed(
+            rounding.pack_levels(rounding.to_codes(rows.T, scale, band.bits), band.levels)
+        ),
         f"rows{number}_scale": (scale.float() * length).half(),
-        f"projection{number}_codes": _signed(rounding.pack_levels(directions, band.projection_levels)),
+        _coded("projection", number, projection): _signed(rounding.pack_levels(directions, band.projection_levels)),
     }
+
+
+def _coded(what: str, number: int, values: Tensor) -> str:
+    """The name of a tensor of codes, which says how many they are."""
+    return f"{what}{number}_codes{values.numel()}"
 
 
 def _signed(codes: Tensor) -> Tensor:
@@ -274,7 +281,7 @@ def classes() -> Any:
 
         def _decoded_rows(self, number: int) -> Tensor:
             band, scale = self.layout.bands[number], getattr(self, f"rows{number}_scale")
-            packed = getattr(self, f"rows{number}_codes").view(torch.uint8)
+            packed = getattr(self, f"rows{number}_codes{band.count * band.rank}").view(torch.uint8)
             if not band.projected:
                 return rounding.values(rounding.unpack(packed, band.rank, band.most), scale, band.bits)
             codes = rounding.unpack_levels(packed, band.count, band.levels)
@@ -282,7 +289,7 @@ def classes() -> Any:
 
         def _decoded_projection(self, number: int) -> Tensor:
             band = self.layout.bands[number]
-            packed = getattr(self, f"projection{number}_codes").view(torch.uint8)
+            packed = getattr(self, f"projection{number}_codes{band.rank * self.layout.width}").view(torch.uint8)
             codes = rounding.unpack_levels(packed, self.layout.width, band.projection_levels)
             directions = rounding.values(codes, torch.ones(band.rank, device=codes.device), band.projection_bits)
             return directions / directions.norm(dim=1, keepdim=True)
