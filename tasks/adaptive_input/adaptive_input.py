@@ -11,7 +11,7 @@ from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input import information as info
 from tasks.adaptive_input import table
 from tasks.adaptive_input.bands import Fitted, Measured
-from tasks.adaptive_input.curves import Metric, metric
+from tasks.adaptive_input.curves import metric
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
 from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
@@ -25,15 +25,8 @@ if TYPE_CHECKING:
     from tasks.adaptive_input.information import Information
     from tasks.data.encoded import Encoded
 
-_TURNS = 0x74757266
-"""Salt of the stream that draws rotations."""
-
-_OBSERVED = 64
-"""Training examples that show what comes into an output layer."""
-
-SHARED, ALONE = 0.5, 0.95
-"""What the error of the scores counts in a table that is looked up too, and in one that is not, beside that of the
-vectors."""
+_SALT = 0x74757266
+"""Of the streams that draw outputs and examples."""
 
 _JUDGED = 64
 """Training examples on which each band's tokens are foretold before and after."""
@@ -57,6 +50,8 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
         StepError: the model has no table of tokens, the budget is too small or asks for nothing, the data has no
             tokens, or the healing failed.
     """
+    from tasks.adaptive_input.sensitivity import OBSERVED, moments
+    from tasks.compress.calibrate import sample
     from tasks.data import encode
     from tasks.models import load, save
     from tasks.models.transforms import read_extras
@@ -75,11 +70,12 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
         return StepResult("model", names, f"left {', '.join(names)} as it was: the budget asks for nothing", left)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
     told = _information(network, data, found[0].weight.shape[0], spec, ctx)
-    ctx.note("measuring what bands lose")
-    generator = ctx.generator(_TURNS)
+    ctx.note("measuring what errors do to the outputs")
     weights = [place.weight for place in found]
-    metrics = _metrics(network, found, model, ctx)
-    measured = Measured(weights, metrics, told, spec.widths, spec.bands, generator, ctx.progress)
+    seen = moments(network, found, sample(model, OBSERVED, ctx), ctx.generator(_SALT), ctx.progress)
+    metrics = [metric(weight.shape[1], moment) for weight, moment in zip(weights, seen, strict=True)]
+    ctx.note("measuring what bands lose")
+    measured = Measured(weights, metrics, told, spec.widths, spec.bands, ctx.progress)
     fitted = _allocated(measured, found, budget, spec)
     judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
     before = None if judged is None else info.surprise(network, judged, len(told.counts))
@@ -130,28 +126,8 @@ def _information(network: Any, data: Encoded, rows: int, spec: AdaptiveInputSpec
     import torch
 
     ctx.note("measuring what the model does not foresee")
-    drawn = torch.randperm(len(data), generator=ctx.generator(_TURNS + 1))[: info.SURPRISED]
+    drawn = torch.randperm(len(data), generator=ctx.generator(_SALT + 1))[: info.SURPRISED]
     return info.contextual(counts, *info.surprise(network, data.take(drawn.sort().values.numpy()), rows, ctx.progress))
-
-
-def _metrics(network: Any, found: Sequence[Place], model: Artifact, ctx: StepContext) -> list[Metric]:
-    """What a difference of vectors counts in each table: in one with a head, what it does to the scores too."""
-    from tasks.compress.calibrate import observe, sample
-
-    heads = {name: number for number, place in enumerate(found) for name in place.heads}
-    moments: dict[int, Any] = {}
-
-    def see(name: str, given: Any) -> None:
-        at = heads[name]
-        moments[at] = moments.get(at, 0) + given.double().T @ given.double()
-
-    if heads:
-        ctx.note("looking at what comes into the output layer")
-        observe(network, heads, sample(model, _OBSERVED, ctx), see)
-    return [
-        metric(place.weight.shape[1], moments.get(at), SHARED if place.embeddings else ALONE)
-        for at, place in enumerate(found)
-    ]
 
 
 def _allocated(measured: Measured, found: Sequence[Place], budget: int, spec: AdaptiveInputSpec) -> list[Fitted]:
@@ -194,9 +170,7 @@ def stored_table(fitted: Fitted) -> Any:
     """A fit, rounded, as the module that is stored."""
     tensors = {}
     for number, band in enumerate(fitted.layout.bands):
-        tensors |= table.tensors_of(
-            number, fitted.rows[number], fitted.projections[number], fitted.means[number], band.bits
-        )
+        tensors |= table.tensors_of(number, band, fitted.rows[number], fitted.projections[number], fitted.means[number])
     return table.stored(fitted.layout, fitted.band_of, tensors)
 
 

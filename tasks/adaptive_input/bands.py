@@ -12,7 +12,7 @@ from tasks.adaptive_input.layout import Layout, index_bytes
 from tasks.adaptive_input.rounding import FLOAT
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
     from tasks.adaptive_input.information import Information
 
@@ -52,7 +52,6 @@ class Measured:
         information: of their tokens.
         bits: that a band may have.
         most: bands of a table.
-        generator: draws the rotations.
         say: is told runs done and in all.
     """
 
@@ -63,7 +62,6 @@ class Measured:
         information: Information,
         bits: Sequence[int],
         most: int,
-        generator: Generator,
         say: Say | None = None,
     ) -> None:
         import torch
@@ -73,7 +71,7 @@ class Measured:
         borders = segments(counted.numpy(), information.counts[information.order])
         self.most = most
         self.curves = [
-            Curves(weight.float()[self.order], counted, borders, generator, one, FLOAT not in bits)
+            Curves(weight.float()[self.order], counted, borders, one, FLOAT not in bits)
             for weight, one in zip(weights, metrics, strict=True)
         ]
         self.options: list[dict[tuple[int, int], list[Option]]] = [{} for _ in self.curves]

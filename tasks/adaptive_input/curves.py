@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from tasks.adaptive_input.layout import Band, band_bytes, least_rank, projection_bits
+from tasks.adaptive_input.layout import Band, band_bytes, least_band, least_rank, projection_bits
 from tasks.adaptive_input.rounding import rounded
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 SAMPLED = 256
 """Rows of a run on which the error of rounding is measured; what is lost by the rank is exact."""
+
+PLAIN = 0.2
+"""What the squared error of the vectors themselves counts in a metric, beside what was seen of the model."""
 
 _SEGMENTS = 9
 _SMALLEST = 16
@@ -23,6 +27,9 @@ _SMALLEST = 16
 
 _ROUNDS = 2
 """How often rows and projection are fitted to each other as they will be stored."""
+
+_STEP = 1.06
+"""By how much the bits of a token grow at least from one profile of bits to the next that is tried."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,13 @@ def segments(weights: np.ndarray, counts: np.ndarray, smallest: int = _SMALLEST,
 
 
 def ranks(width: int, count: int) -> list[int]:
-    """The ranks that are tried for ``count`` tokens of ``width``: steps of about a third, multiples of 8."""
+    """The ranks below ``width`` that are tried for ``count`` tokens in float16 or float32: steps of about a third,
+    multiples of 8."""
     found, rank = [], float(least_rank(width))
     while rank < min(width, count):
         found.append(int(rank) // 8 * 8 or int(rank))
         rank = max(rank * 1.35, found[-1] + 8)
-    return [*dict.fromkeys(found), width]
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,19 @@ class Metric:
     back: Tensor
 
 
-def metric(width: int, moment: Tensor | None, share: float) -> Metric:
-    """The metric in which a head's error is that of its scores.
+def metric(width: int, moment: Tensor | None) -> Metric:
+    """The metric in which an error counts what it does to the outputs of the model.
 
     Args:
         width: of the vectors.
-        moment: the second moment of what comes into the head, [D, D]; None for a table that is looked up alone.
-        share: of the error of the scores, beside that of the vectors themselves.
+        moment: what was seen of the outputs' sensitivity (``sensitivity.moments``), [D, D]; None counts every
+            dimension alike.
     """
     import torch
 
     whole = torch.eye(width, dtype=torch.float64)
-    if moment is not None:
-        scaled = moment.double() * (width / moment.double().trace().clamp_min(1e-30))
-        whole = (1 - share) * whole + share * scaled
+    if moment is not None and float(moment.trace()) > 0:
+        whole = PLAIN * whole + (1 - PLAIN) * moment.double() * (width / moment.double().trace())
     values, vectors = torch.linalg.eigh(whole)
     root = values.clamp_min(1e-6).sqrt()
     return Metric((vectors * root @ vectors.T).float(), (vectors / root @ vectors.T).float())
@@ -99,26 +106,17 @@ class Curves:
         table: float32 [V, D], tokens by falling weight.
         weights: what each token's error counts, float64 [V].
         borders: of the segments.
-        generator: draws the rotations.
         measure: what a difference counts.
         centred: whether bands have a mean.
     """
 
     def __init__(
-        self,
-        table: Tensor,
-        weights: Tensor,
-        borders: Sequence[int],
-        generator: Generator,
-        measure: Metric,
-        centred: bool = True,
+        self, table: Tensor, weights: Tensor, borders: Sequence[int], measure: Metric, centred: bool = True
     ) -> None:
         self.table, self.weights, self.borders = table, weights, list(borders)
         self.width = table.shape[1]
         self.measure, self.centred = measure, centred
         self.energy = float((weights * self._squared(table)).sum()) or 1.0
-        self._turns: dict[int, Tensor] = {}
-        self._generator = generator
 
     @property
     def segments(self) -> int:
@@ -138,28 +136,68 @@ class Curves:
         at = torch.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().long()
         some, counted = rows[at], weights[at] * (weights.sum() / weights[at].sum())
         found = []
-        for rank in ranks(self.width, len(rows)):
-            basis = None if rank == self.width else self._basis(vectors, rank)
-            lost = 0.0 if basis is None else float(values[rank:].sum())
-            placed = some if basis is None else some @ self.measure.half @ vectors[:, :rank] @ self.turn(rank)
-            wanted = some if basis is None else placed @ basis
-            for each in bits:
-                kept = rounded(placed, each)
-                if basis is not None:
-                    kept = kept @ rounded(basis, projection_bits(each))
-                wrong = float((counted * self._squared(kept - wanted)).sum())
-                band = Band(len(rows), rank, each)
-                found.append(Option(band, band_bytes(band, self.width), max(lost + wrong, 0.0) / self.energy))
-        return _best(found)
+        for each in bits:
+            wrong = float((counted * self._squared(rounded(some, each) - some)).sum())
+            found.append((Band(len(rows), ((each, self.width),), projected=False), wrong))
+            if each >= 16:
+                for rank in ranks(self.width, len(rows)):
+                    found.append((Band(len(rows), ((each, rank),)), float(values[rank:].sum())))
+        coded = sorted(each for each in bits if each < 16)
+        if coded:
+            placed = some @ self.measure.half @ vectors
+            errors = self._errors(placed, counted, values, vectors, coded)
+            found += [(band, _lost(band, errors, coded)) for band in self._profiles(len(rows), errors, coded)]
+        return _best([Option(band, band_bytes(band, self.width), max(lost, 0.0) / self.energy) for band, lost in found])
 
-    def turn(self, rank: int) -> Tensor:
-        """A rotation of ``rank`` dimensions: it spreads the few large ones evenly, so that one scale fits a row."""
+    def _errors(
+        self, placed: Tensor, counted: Tensor, values: Tensor, vectors: Tensor, bits: Sequence[int]
+    ) -> np.ndarray:
+        """What each direction loses without a column and with one of ``bits``, float64 [1 + len(bits), D]: the measured
+        share of its energy, and what its rounded projection adds.
+
+        Args:
+            placed: sampled rows by direction, [N, D].
+            counted: what each counts, [N].
+            values: energy of the directions over all rows, [D].
+            vectors: the directions, as columns.
+            bits: rising.
+        """
         import torch
 
-        if rank not in self._turns:
-            drawn = torch.randn(rank, rank, generator=self._generator, dtype=torch.float64)
-            self._turns[rank] = torch.linalg.qr(drawn).Q.float()
-        return self._turns[rank]
+        energy = (counted[:, None] * placed.double().square()).sum(0).clamp_min(1e-30)
+        found, basis = [values], self._basis(vectors, self.width)
+        for each in bits:
+            kept = rounded(placed.T, each).T
+            share = (counted[:, None] * (kept - placed).double().square()).sum(0) / energy
+            turned = self._squared(rounded(basis, projection_bits(each)) - basis)
+            found.append(values * (share + turned))
+        return torch.stack(found).numpy()
+
+    def _profiles(self, count: int, errors: np.ndarray, bits: Sequence[int]) -> list[Band]:
+        """Bands of ``count`` tokens whose bits lose least by direction for what they take, from few bits to many.
+
+        Each direction's curve of error against bits is made convex; the steps of all of them, those that gain most for
+        a bit first, are the best profiles of bits (reverse water-filling, with measured curves).
+        """
+        sizes = [0, *(8 * count * each + 8 * self.width * projection_bits(each) + 16 for each in bits)]
+        steps = [
+            (gain, direction, level)
+            for direction in range(errors.shape[1])
+            for gain, level in _convex(sizes, errors[:, direction])
+        ]
+        steps.sort(key=lambda step: (-step[0], step[1], step[2]))
+        chosen, found = [0] * errors.shape[1], [least_band(count, self.width, bits[0])]
+        spent = size = rank = 0
+        for _, direction, level in steps:
+            size += sizes[level] - sizes[chosen[direction]]
+            rank += chosen[direction] == 0
+            chosen[direction] = level
+            if size < spent * _STEP or rank < least_rank(self.width):
+                continue
+            spent = size
+            ordered = sorted((bits[one - 1] for one in chosen if one), reverse=True)
+            found.append(Band(count, tuple((each, len(list(same))) for each, same in groupby(ordered))))
+        return found
 
     def fit(self, run: tuple[int, int], band: Band) -> tuple[Tensor, Tensor | None, Tensor]:
         """Rows [count, rank], projection [rank, width] and mean [width] of a band, float32 and not yet rounded.
@@ -172,16 +210,16 @@ class Curves:
 
         rows, weights, mean = self._part(run)
         rows = rows - mean
-        if band.rank == self.width:
+        if not band.projected:
             return rows, None, mean
         seen = rows @ self.measure.half
         basis = self._basis(_principal(seen, weights)[1], band.rank)
         best: tuple[float, Tensor, Tensor] | None = None
         for _ in range(_ROUNDS):
-            stored = rounded(basis, projection_bits(band.bits))
+            stored = rounded_projection(basis, band)
             reached = (stored @ self.measure.half).T.double()
             placed = torch.linalg.lstsq(reached, seen.T.double()).solution.T.float()
-            kept = rounded(placed, band.bits)
+            kept = rounded_rows(placed, band)
             lost = float((weights * self._squared(kept @ stored - rows)).sum())
             if best is None or lost < best[0]:
                 best = lost, placed, basis
@@ -193,8 +231,8 @@ class Curves:
         return best[1], best[2], mean
 
     def _basis(self, vectors: Tensor, rank: int) -> Tensor:
-        """The projection [rank, D] onto the first of ``vectors`` [D, D], turned."""
-        return self.turn(rank).T @ vectors[:, :rank].T @ self.measure.back
+        """The projection [rank, D] onto the first of ``vectors`` [D, D]."""
+        return vectors[:, :rank].T @ self.measure.back
 
     def _squared(self, difference: Tensor) -> Tensor:
         """What each row of a difference counts, float64 [N]."""
@@ -215,6 +253,35 @@ def _principal(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     heavy = rows.double() * weights[:, None]
     values, vectors = torch.linalg.eigh(heavy.T @ rows.double())
     return values.flip(0).clamp_min(0), vectors.flip(1).float()
+
+
+def rounded_rows(rows: Tensor, band: Band) -> Tensor:
+    """Rows [N, rank] of a band with a projection as they will be read back."""
+    return rounded(rows, band.most) if band.most >= 16 else rounded(rows.T, band.bits).T
+
+
+def rounded_projection(projection: Tensor, band: Band) -> Tensor:
+    """A projection [rank, D] as it will be read back."""
+    return rounded(projection, band.most if band.most >= 16 else band.projection_bits)
+
+
+def _convex(sizes: Sequence[int], errors: np.ndarray) -> Iterator[tuple[float, int]]:
+    """The corners of the convex curve below ``errors`` by ``sizes``: the gain for each bit up to one, and which."""
+    at = 0
+    while at < len(sizes) - 1:
+        gains = {to: float(errors[at] - errors[to]) / (sizes[to] - sizes[at]) for to in range(at + 1, len(sizes))}
+        to = max(gains, key=lambda one: gains[one])
+        if gains[to] <= 0:
+            return
+        yield gains[to], to
+        at = to
+
+
+def _lost(band: Band, errors: np.ndarray, bits: Sequence[int]) -> float:
+    """What a band loses whose columns stand for the directions in their order; see ``Curves._errors``."""
+    columns = [one for one, size in band.levels for _ in range(size)]
+    kept = sum(float(errors[1 + bits.index(one), direction]) for direction, one in enumerate(columns))
+    return kept + float(errors[0, band.rank :].sum())
 
 
 def _best(options: list[Option]) -> list[Option]:

@@ -34,19 +34,18 @@ def harden(soft: Any) -> Any:
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for number, band in enumerate(soft.layout.bands):
-            tensors |= _hardened(soft, f"rows{number}", band.bits)
-            if band.rank < soft.layout.width:
-                tensors |= _hardened(soft, f"projection{number}", plan.projection_bits(band.bits))
-            tensors |= _hardened(soft, f"mean{number}", 16)
+            learned = {name: soft.learned(f"{name}{number}") for name in ("rows", "projection", "mean")}
+            rows, projection, mean = learned.values()
+            found = table.tensors_of(number, band, rows, projection, mean)
+            if band.most < 16:
+                scale = soft.scale(f"rows{number}").cpu().half()
+                if projection is None:
+                    found |= table.coded_rows(number, band, rows, scale)
+                else:
+                    behind = soft.scale(f"projection{number}").cpu()
+                    found |= table.coded_columns(number, band, rows, scale, projection, behind)
+            tensors |= found
     return table.stored(soft.layout, soft.band_of.cpu(), tensors)
-
-
-def _hardened(soft: Any, name: str, bits: int) -> dict[str, Tensor]:
-    values = getattr(soft, name).detach().cpu().float()
-    if bits == 16:
-        return {f"{name}_half": values.half()}
-    scale = soft.scale(name).detach().cpu().half()
-    return table.coded(name, rounding.to_codes(values, scale, bits), scale, bits)
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,11 @@ def heal(
     return hard, trained
 
 
+def _halved(values: Tensor) -> Tensor:
+    """As float16 says them; backwards nothing happened."""
+    return values + (values.half().float() - values).detach()
+
+
 @cache
 def _soft() -> Any:
     import torch
@@ -137,29 +141,47 @@ def _soft() -> Any:
         def __init__(self, fitted: Fitted) -> None:
             super().__init__(fitted.layout, plan.pack_index(fitted.band_of), {})
             for number, band in enumerate(fitted.layout.bands):
-                self._learn(f"rows{number}", fitted.rows[number], band.bits)
-                if band.rank < fitted.layout.width:
-                    bits = plan.projection_bits(band.bits)
-                    self._learn(f"projection{number}", fitted.projections[number], bits)
-                self._learn(f"mean{number}", fitted.means[number], 16)
+                rows, projection = fitted.rows[number], fitted.projections[number]
+                scaled = band.most < 16
+                across = rows if projection is None else rows.T
+                self._learn(f"rows{number}", rows, rounding.scales_of(across, band.bits) if scaled else None)
+                if projection is not None:
+                    scale = rounding.scales_of(projection, band.projection_bits) if scaled else None
+                    self._learn(f"projection{number}", projection, scale)
+                self._learn(f"mean{number}", fitted.means[number], None)
 
-        def _learn(self, name: str, values: Tensor, bits: int) -> None:
+        def _learn(self, name: str, values: Tensor, scale: Tensor | None) -> None:
             self.register_parameter(name, nn.Parameter(values.clone()))
-            if bits < 16:
-                scale = rounding.scales_of(values, bits).float()
-                self.register_buffer(f"{name}_start", scale)
-                self.register_parameter(f"{name}_log", nn.Parameter(torch.zeros_like(scale)))
+            if scale is not None:
+                self.register_buffer(f"{name}_start", scale.float())
+                self.register_parameter(f"{name}_log", nn.Parameter(torch.zeros(len(scale))))
+
+        def learned(self, name: str) -> Tensor | None:
+            """The floats behind the codes, on the CPU; None where the band has none."""
+            found = getattr(self, name, None)
+            return None if found is None else found.detach().cpu().float()
 
         def scale(self, name: str) -> Tensor:
             return getattr(self, f"{name}_start") * getattr(self, f"{name}_log").exp()
 
-        def mean(self, number: int) -> Tensor:
-            return self._read(f"mean{number}", 0, 16)
+        def rows(self, number: int) -> Tensor:
+            band, rows = self.layout.bands[number], getattr(self, f"rows{number}")
+            if band.most >= 16:
+                return _halved(rows)
+            scale = self.scale(f"rows{number}")
+            if not band.projected:
+                return rounding.through(rows, scale, band.bits)
+            return rounding.through(rows.T, scale, band.bits).T
 
-        def _read(self, name: str, columns: int, bits: int) -> Tensor:
-            values = getattr(self, name)
-            if bits == 16:
-                return values + (values.half().float() - values).detach()
-            return rounding.through(values, self.scale(name), bits)
+        def projection(self, number: int) -> Tensor | None:
+            band, name = self.layout.bands[number], f"projection{number}"
+            if not band.projected:
+                return None
+            if band.most >= 16:
+                return _halved(getattr(self, name))
+            return rounding.through(getattr(self, name), self.scale(name), band.projection_bits)
+
+        def mean(self, number: int) -> Tensor:
+            return _halved(getattr(self, f"mean{number}"))
 
     return Soft

@@ -24,13 +24,50 @@ class Band:
 
     Args:
         count: how many.
-        rank: numbers of a token's row; where it is the table's width there is no projection behind it.
-        bits: of each of them; ``FLOAT`` where they are trained.
+        levels: bits and the number of columns of a token's row that have them, by falling bits: the directions in
+            which the tokens differ most have more. One level of 16 bits are float16, and of ``FLOAT`` what is trained.
+        projected: whether a projection makes vectors of the rows; without one the rows are the vectors, all columns
+            have the same bits, and each row has a scale.
     """
 
     count: int
-    rank: int
-    bits: int
+    levels: tuple[tuple[int, int], ...]
+    projected: bool = True
+
+    @property
+    def rank(self) -> int:
+        """Numbers of a token's row."""
+        return sum(columns for _, columns in self.levels)
+
+    @property
+    def most(self) -> int:
+        """The bits of its finest column."""
+        return self.levels[0][0]
+
+    @property
+    def bits(self) -> int | list[int]:
+        """Of each row where there is no projection, and else of each column, [rank]."""
+        return [bits for bits, columns in self.levels for _ in range(columns)] if self.projected else self.most
+
+    @property
+    def projection_bits(self) -> list[int]:
+        """Of each row of the projection, [rank]."""
+        return [bits for bits, columns in self.projection_levels for _ in range(columns)]
+
+    @property
+    def projection_levels(self) -> list[tuple[int, int]]:
+        """Bits of the rows of its projection, and how many have them."""
+        return [(projection_bits(bits), columns) for bits, columns in self.levels]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"count": self.count, "levels": [list(level) for level in self.levels], "projected": self.projected}
+
+    def told(self) -> str:
+        """In a few words."""
+        bits = [bits for bits, _ in self.levels]
+        span = f"{bits[-1]} to {bits[0]} bits" if len(bits) > 1 else f"{bits[0]} bit{'s' if bits[0] > 1 else ''}"
+        return f"{self.count} tokens of rank {self.rank} in {span}"
 
 
 @dataclass(frozen=True)
@@ -53,14 +90,20 @@ class Layout:
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        bands = [{"count": band.count, "rank": band.rank, "bits": band.bits} for band in self.bands]
-        return {"rows": self.rows, "width": self.width, "bands": bands}
+        return {"rows": self.rows, "width": self.width, "bands": [band.record() for band in self.bands]}
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Layout:
         """The layout of a ``record``."""
-        bands = tuple(Band(int(band["count"]), int(band["rank"]), int(band["bits"])) for band in record["bands"])
-        return cls(int(record["rows"]), int(record["width"]), bands)
+        bands = [
+            Band(
+                int(band["count"]),
+                tuple((int(bits), int(columns)) for bits, columns in band["levels"]),
+                bool(band["projected"]),
+            )
+            for band in record["bands"]
+        ]
+        return cls(int(record["rows"]), int(record["width"]), tuple(bands))
 
 
 def index_bytes(rows: int) -> int:
@@ -69,25 +112,31 @@ def index_bytes(rows: int) -> int:
 
 
 def projection_bits(bits: int) -> int:
-    """Bits of the projection behind rows of ``bits``."""
-    return bits if bits >= 16 else 8
+    """Bits of the direction behind a column of ``bits``: as many as make its error a small share of the column's."""
+    return bits if bits >= 16 else {1: 4, 2: 5, 3: 6}.get(bits, 8)
 
 
 def band_bytes(band: Band, width: int) -> int:
-    """Bytes of a band: rows with their scales, the mean where there is one, and likewise the projection."""
-    total, tensors = bytes_of(band.count, band.rank, band.bits), 1 + (band.bits < 16)
-    if band.bits != FLOAT:
-        total, tensors = total + 2 * width, tensors + 1
-    if band.rank < width:
-        bits = projection_bits(band.bits)
-        total, tensors = total + bytes_of(band.rank, width, bits), tensors + 1 + (bits < 16)
-    return total + tensors * _HEADER
+    """Bytes of a band: its rows, their scales, the projection, and the mean where there is one."""
+    mean = 0 if band.most == FLOAT else 2 * width + _HEADER
+    if not band.projected:
+        return mean + bytes_of(band.count, width, band.most) + (1 + (band.most < 16)) * _HEADER
+    if band.most >= 16:
+        return mean + sum(bytes_of(n, band.rank, band.most) for n in (band.count, width)) + 2 * _HEADER
+    rows = sum(columns * -(-band.count * bits // 8) for bits, columns in band.levels)
+    projection = sum(columns * -(-width * bits // 8) for bits, columns in band.projection_levels)
+    return mean + rows + projection + 2 * band.rank + 3 * _HEADER
 
 
 def least_bytes(rows: int, width: int, bits: Sequence[int]) -> int:
     """Bytes of the smallest table of ``rows`` tokens: one band, the least rank, the fewest bits."""
+    return index_bytes(rows) + min(band_bytes(least_band(rows, width, each), width) for each in bits)
+
+
+def least_band(count: int, width: int, bits: int) -> Band:
+    """The smallest band of ``bits``."""
     rank = least_rank(width)
-    return index_bytes(rows) + min(band_bytes(Band(rows, rank, each), width) for each in bits)
+    return Band(count, ((bits, rank),), projected=bits < 16 or rank < width)
 
 
 def least_rank(width: int) -> int:

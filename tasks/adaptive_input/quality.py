@@ -48,13 +48,13 @@ class BandQuality:
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return asdict(self) | {"band": self.band.record() | {"rank": self.band.rank}}
 
     def told(self) -> str:
         """In a few words."""
         return (
-            f"{self.band.count} tokens ({self.text:.0%} of the text) of rank {self.band.rank} in {self.band.bits} "
-            f"bit{'s' if self.band.bits > 1 else ''}, error {self.error:.0%}"
+            f"{self.band.told()} ({self.text:.0%} of the text, {8 * self.bytes / self.band.count:.0f} bits each, error "
+            f"{self.error:.0%})"
         )
 
 

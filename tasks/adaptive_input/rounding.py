@@ -1,5 +1,8 @@
 """Rows in codes of 1 to 8 bits with one scale each, packed without a gap, or as float16.
 
+The rows of a matrix may differ in their bits: where ``bits`` is said to be of each row, it is one number for all of
+them or as many as there are rows.
+
 A code ``c`` of ``b`` bits stands for ``(c - (2**b - 1) / 2) * scale``: the levels lie symmetrically around 0, so that
 one bit is a sign. A row of zeros has the scale 0 and stays zeros.
 """
@@ -9,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 FLOAT = 32
@@ -29,38 +34,38 @@ def bytes_of(rows: int, columns: int, bits: int) -> int:
     return rows * columns * bits // 8 if bits >= 16 else rows * (-(-columns * bits // 8) + 2)
 
 
-def scales_of(rows: Tensor, bits: int) -> Tensor:
-    """The scale of each row of ``rows`` [N, R] that loses least of those tried, float16 [N]."""
+def scales_of(rows: Tensor, bits: int | Sequence[int]) -> Tensor:
+    """The scale of each row of ``rows`` [N, R], of ``bits`` each, that loses least of those tried, float16 [N]."""
     import torch
 
-    rows = rows.float()
-    top = (2**bits - 1) / 2
-    spread = rows.square().mean(1).sqrt() * _GAUSSIAN[bits]
-    best = rows.abs().amax(1) / top
-    least = _error(rows, best, bits)
+    rows, top = rows.float(), _top(rows, bits)
+    each = [bits] * len(rows) if isinstance(bits, int) else bits
+    spread = rows.square().mean(1).sqrt() * torch.tensor([_GAUSSIAN[one] for one in each])
+    best = rows.abs().amax(1) / (top[:, 0] / 2)
+    least = _error(rows, best, top)
     for share in _TRIED:
         scale = spread * share
-        error = _error(rows, scale, bits)
+        error = _error(rows, scale, top)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best.clamp(max=65504.0).half()
 
 
-def to_codes(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest codes, uint8 [N, R], of ``rows`` [N, R] at ``scale`` [N]."""
+def to_codes(rows: Tensor, scale: Tensor, bits: int | Sequence[int]) -> Tensor:
+    """The nearest codes, uint8 [N, R], of ``rows`` [N, R] at ``scale`` [N], of ``bits`` each."""
     import torch
 
-    return _placed(rows.float(), scale.float(), bits).to(torch.uint8)
+    return _placed(rows.float(), scale.float(), _top(rows, bits)).to(torch.uint8)
 
 
-def values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """What ``codes`` [N, R] stand for, float32."""
-    return (codes.float() - (2**bits - 1) / 2) * scale.float()[:, None]
+def values(codes: Tensor, scale: Tensor, bits: int | Sequence[int]) -> Tensor:
+    """What ``codes`` [N, R] of ``bits`` each stand for, float32."""
+    return (codes.float() - _top(codes, bits) / 2) * scale.float()[:, None]
 
 
-def rounded(rows: Tensor, bits: int) -> Tensor:
+def rounded(rows: Tensor, bits: int | Sequence[int]) -> Tensor:
     """``rows`` [N, R] as they will be read back, float32."""
-    if bits >= 16:
+    if isinstance(bits, int) and bits >= 16:
         return rows.half().float() if bits == 16 else rows
     scale = scales_of(rows, bits)
     return values(to_codes(rows, scale, bits), scale, bits)
@@ -86,18 +91,50 @@ def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
     return (stream << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
 
 
-def through(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+def pack_levels(codes: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:
+    """Codes [N, R] whose rows differ in their bits, one packed row behind the other: uint8, one dimension.
+
+    Args:
+        codes: uint8.
+        levels: bits and the number of rows that have them, in the order of the rows.
+    """
+    import torch
+
+    sizes = [size for _, size in levels]
+    parts = [pack(part, bits).flatten() for (bits, _), part in zip(levels, codes.split(sizes), strict=True)]
+    return torch.cat(parts)
+
+
+def unpack_levels(packed: Tensor, columns: int, levels: Sequence[tuple[int, int]]) -> Tensor:
+    """The codes of ``pack_levels``, uint8 [N, columns]."""
+    import torch
+
+    found = []
+    for (bits, size), part in zip(levels, packed.split([n * -(-columns * b // 8) for b, n in levels]), strict=True):
+        found.append(unpack(part.view(size, -1), columns, bits))
+    return torch.cat(found)
+
+
+def through(rows: Tensor, scale: Tensor, bits: int | Sequence[int]) -> Tensor:
     """``rows`` as the codes at ``scale`` will say them, for training: backwards the rounding counts as the identity
     within the levels' reach, and the scale learns by it (Esser et al., 1902.08153)."""
-    place = rows / scale[:, None].clamp_min(1e-12) + (2**bits - 1) / 2
-    inside = place.clamp(0, 2**bits - 1)
-    return (inside + (inside.round() - inside).detach() - (2**bits - 1) / 2) * scale[:, None]
+    top = _top(rows, bits)
+    inside = (rows / scale[:, None].clamp_min(1e-12) + top / 2).clamp_min(0).minimum(top)
+    return (inside + (inside.round() - inside).detach() - top / 2) * scale[:, None]
 
 
-def _placed(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (rows / scale[:, None].clamp_min(1e-12) + (2**bits - 1) / 2).round().clamp(0, 2**bits - 1)
+def _top(rows: Tensor, bits: int | Sequence[int]) -> Tensor:
+    """The largest code of each row, float32 [N, 1]."""
+    import torch
+
+    each = torch.tensor([bits] * len(rows) if isinstance(bits, int) else list(bits), device=rows.device)
+    return (2.0**each - 1)[:, None]
 
 
-def _error(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _placed(rows: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    return (rows / scale[:, None].clamp_min(1e-12) + top / 2).round().clamp_min(0).minimum(top)
+
+
+def _error(rows: Tensor, scale: Tensor, top: Tensor) -> Tensor:
     scale = scale.clamp(max=65504.0).half().float()
-    return (values(_placed(rows, scale, bits), scale, bits) - rows).square().sum(1)
+    return ((_placed(rows, scale, top) - top / 2) * scale[:, None] - rows).square().sum(1)

@@ -1,7 +1,7 @@
 """A table of tokens in bands, as modules that stand in a model for its embedding and its output layer.
 
-A token of a band has a row of ``rank`` numbers, of which a projection [rank, width] makes its vector; a band of full
-rank has none. What the vectors of a band have in common, their mean, is stored once. The embedding and a tied output
+A token of a band has a row of ``rank`` numbers, of which a projection [rank, width] makes its vector; a band may do
+without. What the vectors of a band have in common, their mean, is stored once. The embedding and a tied output
 layer share one ``Table``: the scores are ``(x projectionᵀ) rowsᵀ + x mean`` band by band, put into the order of the
 ids, and no dense copy is needed for them.
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.adaptive_input import layout as plan
 from tasks.adaptive_input import rounding
-from tasks.adaptive_input.layout import Layout
+from tasks.adaptive_input.layout import Band, Layout
 from tasks.adaptive_input.rounding import FLOAT
 from tasks.models.transforms import transform
 
@@ -40,22 +40,72 @@ def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> An
     return classes().Table(layout, plan.pack_index(band_of), tensors)
 
 
-def tensors_of(number: int, rows: Tensor, projection: Tensor | None, mean: Tensor, bits: int) -> dict[str, Tensor]:
+def tensors_of(number: int, band: Band, rows: Tensor, projection: Tensor | None, mean: Tensor) -> dict[str, Tensor]:
     """What the file holds of band ``number``: codes and scales, or floats.
 
     Args:
         number: of the band, from 0.
+        band: its bits.
         rows: float [count, rank].
         projection: float [rank, width]; None where there is none.
         mean: float [width]; what is trained from scratch has none.
-        bits: of the rows.
     """
-    found = _coded(f"rows{number}", rows, bits)
-    if bits != FLOAT:
-        found[f"mean{number}_half"] = mean.half()
-    return (
-        found if projection is None else found | _coded(f"projection{number}", projection, plan.projection_bits(bits))
-    )
+    if band.most == FLOAT:
+        found = {f"rows{number}_float": rows.float().contiguous()}
+        return found if projection is None else found | {f"projection{number}_float": projection.float().contiguous()}
+    found = {f"mean{number}_half": mean.half()}
+    if band.most == 16:
+        found[f"rows{number}_half"] = rows.half().contiguous()
+        return found if projection is None else found | {f"projection{number}_half": projection.half().contiguous()}
+    if projection is None:
+        return found | coded_rows(number, band, rows, rounding.scales_of(rows, band.bits))
+    scale, behind = rounding.scales_of(rows.T, band.bits), rounding.scales_of(projection, band.projection_bits)
+    return found | coded_columns(number, band, rows, scale, projection, behind)
+
+
+def coded_rows(number: int, band: Band, rows: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """The codes of ``rows`` [count, width] of a band without a projection, with the ``scale`` [count] of each."""
+    codes = rounding.pack(rounding.to_codes(rows, scale, band.bits), band.most)
+    return {_coded("rows", number, rows): _signed(codes), f"rows{number}_scale": scale.half()}
+
+
+def coded_columns(
+    number: int, band: Band, rows: Tensor, scale: Tensor, projection: Tensor, behind: Tensor
+) -> dict[str, Tensor]:
+    """The codes of a band with a projection, column by column.
+
+    A direction is stored without its length, which the scale of the column takes over.
+
+    Args:
+        number: of the band.
+        band: its bits.
+        rows: float [count, rank].
+        scale: of each column, [rank].
+        projection: float [rank, width].
+        behind: the scale of each of its rows, [rank].
+    """
+    bits = band.projection_bits
+    directions = rounding.to_codes(projection, behind, bits)
+    length = rounding.values(directions, behind, bits).norm(dim=1)
+    return {
+        _coded("rows", number, rows): _signed(
+            rounding.pack_levels(rounding.to_codes(rows.T, scale, band.bits), band.levels)
+        ),
+        f"rows{number}_scale": (scale.float() * length).half(),
+        _coded("projection", number, projection): _signed(rounding.pack_levels(directions, band.projection_levels)),
+    }
+
+
+def _coded(what: str, number: int, values: Tensor) -> str:
+    """The name of a tensor of codes, which says how many they are."""
+    return f"{what}{number}_codes{values.numel()}"
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """As signed bytes: the converter to LiteRT takes no unsigned tensors, even where no operation reads them."""
+    import torch
+
+    return codes.view(torch.int8)
 
 
 def embedding(table: nn.Module, factor: float, padding_idx: int | None) -> nn.Module:
@@ -93,9 +143,9 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
         layout = Layout.read(one["layout"])
         empty: dict[str, Tensor] = {}
         for number, band in enumerate(layout.bands):
-            projection = torch.empty(band.rank, layout.width) if band.rank < layout.width else None
+            projection = torch.zeros(band.rank, layout.width) if band.projected else None
             rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
-            empty |= tensors_of(number, rows, projection, mean, band.bits)
+            empty |= tensors_of(number, band, rows, projection, mean)
         table = stored(layout, torch.zeros(layout.rows), empty)
         place(model, table, one["embeddings"], one["heads"])
 
@@ -119,23 +169,6 @@ def place(model: nn.Module, table: nn.Module, embeddings: Mapping[str, float], h
 def entry(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The transform that ``load`` replays, for tables as ``empty_tables`` takes them."""
     return {"name": NAME, "tables": [dict(part) for part in parts]}
-
-
-def _coded(name: str, rows: Tensor, bits: int) -> dict[str, Tensor]:
-    if bits == FLOAT:
-        return {f"{name}_float": rows.float().contiguous()}
-    if bits == 16:
-        return {f"{name}_half": rows.half().contiguous()}
-    scale = rounding.scales_of(rows, bits)
-    return coded(name, rounding.to_codes(rows, scale, bits), scale, bits)
-
-
-def coded(name: str, codes: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
-    """``codes`` [N, R] with ``scale`` [N] under the names that a file has for them. The bytes are signed ones: the
-    converter to LiteRT takes no unsigned tensors, even where no operation reads them."""
-    import torch
-
-    return {f"{name}_int{bits}": rounding.pack(codes, bits).view(torch.int8), f"{name}_scale": scale.half()}
 
 
 @cache
@@ -181,20 +214,21 @@ def classes() -> Any:
 
         def rows(self, number: int) -> Tensor:
             """The rows of a band, float32 [count, rank]."""
-            band = self.layout.bands[number]
-            return self._read(f"rows{number}", band.rank, band.bits)
+            found = self._floats("rows", number)
+            return self._once(f"rows{number}", lambda: self._decoded_rows(number)) if found is None else found
 
         def projection(self, number: int) -> Tensor | None:
-            """The projection of a band, float32 [rank, width]; None where it has full rank."""
-            band = self.layout.bands[number]
-            if band.rank == self.layout.width:
+            """The projection of a band, float32 [rank, width]; None where it has none."""
+            band, name = self.layout.bands[number], f"projection{number}"
+            if not band.projected:
                 return None
-            return self._read(f"projection{number}", self.layout.width, plan.projection_bits(band.bits))
+            found = self._floats("projection", number)
+            return self._once(name, lambda: self._decoded_projection(number)) if found is None else found
 
         def mean(self, number: int) -> Tensor | None:
             """What is added to the vectors of a band, float32 [width]; None where nothing is."""
             name = f"mean{number}"
-            if self.layout.bands[number].bits == FLOAT:
+            if self.layout.bands[number].most == FLOAT:
                 return None
             return self._once(name, lambda: getattr(self, f"{name}_half").float())
 
@@ -238,19 +272,27 @@ def classes() -> Any:
             vectors = rows if projection is None else rows @ projection
             return vectors if mean is None else vectors + mean
 
-        def _read(self, name: str, columns: int, bits: int) -> Tensor:
+        def _floats(self, what: str, number: int) -> Tensor | None:
+            """Rows or a projection that are stored as floats; None where they are codes."""
+            name, bits = f"{what}{number}", self.layout.bands[number].most
             if bits == FLOAT:
                 return getattr(self, f"{name}_float")
-            if bits == 16:
-                return self._once(name, lambda: getattr(self, f"{name}_half").float())
-            return self._once(
-                name,
-                lambda: rounding.values(
-                    rounding.unpack(getattr(self, f"{name}_int{bits}").view(torch.uint8), columns, bits),
-                    getattr(self, f"{name}_scale"),
-                    bits,
-                ),
-            )
+            return self._once(name, lambda: getattr(self, f"{name}_half").float()) if bits == 16 else None
+
+        def _decoded_rows(self, number: int) -> Tensor:
+            band, scale = self.layout.bands[number], getattr(self, f"rows{number}_scale")
+            packed = getattr(self, f"rows{number}_codes{band.count * band.rank}").view(torch.uint8)
+            if not band.projected:
+                return rounding.values(rounding.unpack(packed, band.rank, band.most), scale, band.bits)
+            codes = rounding.unpack_levels(packed, band.count, band.levels)
+            return rounding.values(codes, scale, band.bits).T.contiguous()
+
+        def _decoded_projection(self, number: int) -> Tensor:
+            band = self.layout.bands[number]
+            packed = getattr(self, f"projection{number}_codes{band.rank * self.layout.width}").view(torch.uint8)
+            codes = rounding.unpack_levels(packed, self.layout.width, band.projection_levels)
+            directions = rounding.values(codes, torch.ones(band.rank, device=codes.device), band.projection_bits)
+            return directions / directions.norm(dim=1, keepdim=True)
 
         def _once(self, name: str, make: Any) -> Tensor:
             learned = (one for one in self.parameters() if not one.is_inference())
@@ -268,7 +310,7 @@ def classes() -> Any:
             self._kept = {}
 
         def extra_repr(self) -> str:
-            bands = ", ".join(f"{band.count} x {band.rank} in {band.bits} bits" for band in self.layout.bands)
+            bands = ", ".join(band.told() for band in self.layout.bands)
             return f"{self.layout.rows}, {self.layout.width}: {bands}"
 
     class Embedding(nn.Module):

@@ -30,8 +30,8 @@ _SAFETENSORS = {
 _AUXILIARY = re.compile(r"(^|[._])(scales?|zero_points?|input_range|index)$")
 _PAIRS = "weight_int4"
 """How a tensor's name ends that holds two codes of 4 bits a byte, each 8 more than its number."""
-_BITS = re.compile(r"(?:rows|projection)\d+_int(\d+)$")
-"""How a tensor's name ends whose codes lie bit by bit, so many of them in one."""
+_CODES = re.compile(r"(?:rows|projection)\d+_codes(\d+)$")
+"""How a tensor's name ends whose codes lie bit by bit, and how many they are."""
 
 _CHUNK = 1 << 24
 
@@ -78,10 +78,10 @@ def of_model(folder: Path) -> Footprint:
             dtypes[dtype] = dtypes.get(dtype, 0) + raw.nbytes
             counted = dtype.startswith(("float", "bfloat")) or dtype in ("int8", "uint8")
             if counted and not _AUXILIARY.search(name):
-                packed = _BITS.search(name)
+                packed = _CODES.search(name)
                 if packed is not None:  # none of these codes stands for zero
-                    parameters += 8 * raw.size // int(packed[1])
-                    nonzero += 8 * raw.size // int(packed[1])
+                    parameters += int(packed[1])
+                    nonzero += int(packed[1])
                     continue
                 raw = _halves(raw) if name.endswith(_PAIRS) else raw
                 parameters += raw.size

@@ -90,8 +90,7 @@ def product(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
 
 def group_reduce(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
     """Bands and ranks in float16, weighted by frequency."""
-    plain = metric(weight.shape[1], None, 0)
-    found = Measured([weight], [plain], unigram(counts), (16,), 5, torch.Generator().manual_seed(0))
+    found = Measured([weight], [metric(weight.shape[1], None)], unigram(counts), (16,), 5)
 
     def made(_: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
         fitted = found.allocate(budget)

@@ -114,7 +114,7 @@ def test_parameters_are_counted_as_numbers_and_not_as_bytes(request, tmp_path):
     band = result.properties["adaptive_input"]["tables"][0]["bands"][0]["band"]
     network = load(ctx.out)
     rest = sum(parameter.numel() for parameter in network.parameters())
-    projection = band["rank"] * 32 if band["rank"] < 32 else 0
+    projection = band["rank"] * 32 if band["projected"] else 0
     assert of_model(ctx.out).parameters == rest + band["count"] * band["rank"] + projection + 32
 
 
@@ -287,7 +287,7 @@ def test_a_damaged_index_does_not_load(request, tmp_path):
     ctx, _ = _run(request, tmp_path, "gpt2", ratio="5x")
     copied = shutil.copytree(ctx.out, tmp_path / "copy")
     extras = json.loads((copied / "lathe.json").read_text())
-    extras["transforms"][0]["tables"][0]["layout"]["bands"][0]["rank"] += 8
+    extras["transforms"][0]["tables"][0]["layout"]["bands"][0]["count"] += 8
     (copied / "lathe.json").write_text(json.dumps(extras))
     with pytest.raises(StepError, match="do not fit"):
         load(copied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -15,12 +16,17 @@ from tasks.adaptive_input import rounding, table
 from tasks.adaptive_input.adaptive_input import stored_table
 from tasks.adaptive_input.allocate import allocate
 from tasks.adaptive_input.bands import Fitted, Measured
-from tasks.adaptive_input.curves import metric, ranks, segments
+from tasks.adaptive_input.curves import Curves, metric, ranks, segments
 from tasks.adaptive_input.heal import harden, soften
 from tasks.adaptive_input.information import contextual, unigram
 from tasks.adaptive_input.layout import _HEADER as HEADER
 from tasks.adaptive_input.layout import Band, Layout, least_bytes, pack_index, positions, unpack_index
+from tasks.adaptive_input.places import places
 from tasks.adaptive_input.rounding import FLOAT
+from tasks.adaptive_input.sensitivity import moments
+from tasks.compress.calibrate import examples, sample
+from tasks.models import load
+from tests.support import as_artifact, context
 
 CODED = [bits for bits in rounding.BITS if bits < 16]
 
@@ -51,6 +57,25 @@ def test_rounding_takes_the_nearest_level(bits):
     plain = rows.abs().amax(1) / ((2**bits - 1) / 2)  # no scale that was tried may be worse than the plain one
     simple = rounding.values(rounding.to_codes(rows, plain.half(), bits), plain.half(), bits)
     assert ((got - rows).square().sum(1) <= (simple - rows).square().sum(1) + 1e-6).all()
+
+
+LEVELS = [(8, 1), (5, 2), (1, 3)]
+
+
+def test_rows_of_different_bits_are_rounded_and_packed_one_by_one():
+    bits = [bits for bits, count in LEVELS for _ in range(count)]
+    rows = torch.randn(6, 11, generator=torch.Generator().manual_seed(1))
+    scale = rounding.scales_of(rows, bits)
+    codes = rounding.to_codes(rows, scale, bits)
+    for at, each in enumerate(bits):
+        alone = rows[at : at + 1]
+        assert torch.equal(scale[at : at + 1], rounding.scales_of(alone, each))
+        assert torch.equal(rounding.rounded(rows, bits)[at : at + 1], rounding.rounded(alone, each))
+        through = rounding.through(rows, scale.float(), bits)[at : at + 1]
+        torch.testing.assert_close(through, rounding.rounded(alone, each))
+    packed = rounding.pack_levels(codes, LEVELS)
+    assert len(packed) == 11 + 2 * 7 + 3 * 2
+    assert torch.equal(rounding.unpack_levels(packed, 11, LEVELS), codes)
 
 
 def test_training_through_rounding_moves_the_scale_and_what_lies_within_reach():
@@ -127,13 +152,14 @@ def test_large_budgets_in_units_stay_within_the_budget():
     assert sum(cost for _, cost in spent) <= 1.01 * sum(cost for _, cost in best)
 
 
-def _measured(rows=300, width=16, seed=0, bits=rounding.BITS, most=4, moment=None, copies=1):
+def _measured(rows=300, width=16, seed=0, bits=rounding.BITS, most=4, copies=1):
     generator = torch.Generator().manual_seed(seed)
-    tables = [torch.randn(rows, width, generator=generator) * 0.1 + 0.3 for _ in range(copies)]
+    spread = torch.linspace(0.2, 0.02, width)  # directions in which tokens differ much, and little
+    tables = [torch.randn(rows, width, generator=generator) * spread + 0.3 for _ in range(copies)]
     counts = np.random.default_rng(seed).permutation((1000 / (1 + np.arange(rows)) ** 1.2).astype(np.int64))
     told = unigram(counts)
-    metrics = [metric(width, moment, 0.5) for _ in range(copies)]
-    return tables, told, Measured(tables, metrics, told, bits, most, generator)
+    metrics = [metric(width, None) for _ in range(copies)]
+    return tables, told, Measured(tables, metrics, told, bits, most)
 
 
 @pytest.fixture(scope="module")
@@ -204,29 +230,40 @@ def test_bands_beat_one_band(measured):
     assert ours < 0.9 * alone
 
 
-def _tiny_fit(bits=(16, 3, 2), with_projection=(False, True, True)):
+GRADED = (((16, 4),), ((3, 1), (1, 1)), ((8, 2),))
+
+
+def _tiny_fit(levels=GRADED, with_projection=(False, True, True)):
     """Eight tokens of width 4 in three bands, the second and third with projections."""
     generator = torch.Generator().manual_seed(5)
     counts, band_of = (2, 3, 3), torch.tensor([1, 0, 2, 1, 2, 2, 0, 1])
     bands, rows, projections, means = [], [], [], []
-    for count, width, project in zip(counts, bits, with_projection, strict=True):
-        rank = 2 if project else 4
-        bands.append(Band(count, rank, width))
-        rows.append(torch.randn(count, rank, generator=generator))
+    for count, each, project in zip(counts, levels, with_projection, strict=True):
+        bands.append(Band(count, each, project))
+        rows.append(torch.randn(count, bands[-1].rank, generator=generator))
         projections.append(torch.randn(2, 4, generator=generator) if project else None)
         means.append(torch.randn(4, generator=generator))
     return Fitted(Layout(8, 4, tuple(bands)), band_of, rows, projections, means)
+
+
+def _floats():
+    return _tiny_fit((((FLOAT, 4),), ((FLOAT, 2),), ((FLOAT, 2),)))
 
 
 def _naive(fitted):
     """Every token's vector, one by one."""
     found, seen = [], [0, 0, 0]
     for band in fitted.band_of.tolist():
-        width = fitted.layout.bands[band].bits
-        rows = rounding.rounded(fitted.rows[band], width)
-        vector = rows[seen[band]]
-        if fitted.projections[band] is not None:
-            vector = vector @ rounding.rounded(fitted.projections[band], width if width == 16 else 8)
+        levels, rows, projection = fitted.layout.bands[band].levels, fitted.rows[band], fitted.projections[band]
+        bits = [bits for bits, columns in levels for _ in range(columns)]
+        if projection is None:
+            vector = rounding.rounded(rows, bits[0])[seen[band]]
+        else:
+            vector = torch.zeros(4)
+            for column, each in enumerate(bits):
+                kept = rounding.rounded(rows[:, column][None], each)[0, seen[band]]
+                behind = {1: 4, 3: 6, 8: 8}[each]
+                vector = vector + kept * rounding.rounded(projection[column][None], behind)[0]
         found.append(vector + fitted.means[band].half().float())
         seen[band] += 1
     return torch.stack(found)
@@ -238,23 +275,24 @@ def test_lookup_and_scores_are_those_of_the_naive_table(padding):
     made, naive = stored_table(fitted), _naive(fitted)
     ids = torch.tensor([[7, 0, 3], [2, 2, 6], [5, 1, 4]])
     embed, head = table.embedding(made, 2.0, padding), table.head(made, torch.arange(8.0))
-    torch.testing.assert_close(embed(ids), 2 * naive[ids])
-    torch.testing.assert_close(made._from_factors(ids), naive[ids])  # as a training and an export do
-    torch.testing.assert_close(embed.weight, naive)
+    half = {"rtol": 1e-3, "atol": 1e-3}  # a column's scale is float16
+    torch.testing.assert_close(embed(ids), 2 * naive[ids], **half)
+    torch.testing.assert_close(made._from_factors(ids), embed.weight[ids])  # as a training and an export do
+    torch.testing.assert_close(embed.weight, naive, **half)
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(head(x), x @ naive.T + torch.arange(8.0))
+    torch.testing.assert_close(head(x), x @ embed.weight.T + torch.arange(8.0))
 
 
 def test_the_index_says_the_band_of_every_token():
     bands = torch.tensor([3, 0, 15, 1, 1])
     assert pack_index(bands).tolist() == [3, 15 | 16, 1]
     assert unpack_index(pack_index(bands), 5).tolist() == bands.tolist()
-    layout = Layout(5, 4, (Band(2, 4, 8), Band(2, 4, 8), Band(1, 4, 8)))
+    layout = Layout(5, 4, tuple(Band(count, ((8, 4),), False) for count in (2, 2, 1)))
     assert positions(torch.tensor([1, 0, 2, 1, 0]), layout).tolist() == [2, 0, 4, 3, 1]
 
 
 def test_float_tables_learn_as_dense_ones_do():
-    fitted = _tiny_fit(bits=(FLOAT, FLOAT, FLOAT))
+    fitted = _floats()
     made = stored_table(fitted)
     ids, wanted = torch.tensor([[0, 1, 2, 6, 7]]), torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     embed = table.embedding(made, 1.0, 6)
@@ -272,7 +310,7 @@ def test_float_tables_learn_as_dense_ones_do():
 
 
 def test_what_is_kept_between_lookups_follows_the_weights():
-    made = stored_table(_tiny_fit(bits=(FLOAT, FLOAT, FLOAT)))
+    made = stored_table(_floats())
     ids = torch.tensor([1])
     with torch.no_grad():
         before = made.lookup(ids).clone()
@@ -290,7 +328,7 @@ def test_casts_leave_the_stored_types():
 def test_a_soft_table_reads_as_the_hard_one_it_becomes():
     fitted = _tiny_fit()
     soft = soften(fitted)
-    torch.testing.assert_close(soft.expanded(), stored_table(fitted).expanded())
+    torch.testing.assert_close(soft.expanded(), stored_table(fitted).expanded(), rtol=2e-3, atol=2e-3)
     with torch.no_grad():
         soft.rows1 += 0.05
         soft.rows1_log -= 0.2
@@ -318,15 +356,66 @@ def test_borders_and_ranks():
     assert 700 in borders
     assert borders == sorted(set(borders))
     assert ranks(128, 4000)[0] == 8
-    assert ranks(128, 4000)[-1] == 128
-    assert ranks(4, 100) == [4]
-    assert max(rank for rank in ranks(128, 20) if rank < 128) <= 20
+    assert 90 < ranks(128, 4000)[-1] < 128
+    assert ranks(4, 100) == []
+    assert max(ranks(128, 20)) <= 20
     assert all(rank % 8 == 0 for rank in ranks(128, 4000))
 
 
-def test_the_metric_counts_what_the_scores_feel():
-    moment = torch.diag(torch.tensor([9.0, 1.0, 0.0, 0.0]))
-    found = metric(4, moment, 0.5)
+def test_the_metric_counts_what_the_outputs_feel():
+    found = metric(4, torch.diag(torch.tensor([9.0, 1.0, 0.0, 0.0])))
     whole = found.half @ found.half.T
-    torch.testing.assert_close(whole, torch.diag(torch.tensor([0.5 + 1.8, 0.5 + 0.2, 0.5, 0.5])))
+    torch.testing.assert_close(whole, torch.diag(torch.tensor([0.2 + 0.8 * 3.6, 0.2 + 0.8 * 0.4, 0.2, 0.2])))
     torch.testing.assert_close(found.half @ found.back, torch.eye(4), atol=1e-5, rtol=1e-5)
+
+
+def test_profiles_of_bits_are_the_best_that_there_are():
+    """Every profile of 0, 1 or 2 bits of four directions, one by one."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(200, 4, generator=generator) * torch.tensor([1.0, 0.6, 0.3, 0.05])
+    curves = Curves(rows, torch.full((200,), 1 / 200, dtype=torch.float64), [0, 200], metric(4, None))
+    values = torch.linalg.eigvalsh((rows - rows.mean(0)).double().T @ (rows - rows.mean(0)).double() / 200)
+    errors = torch.stack([values.flip(0), 0.4 * values.flip(0), 0.15 * values.flip(0)]).numpy()
+    bands = curves._profiles(200, errors, (1, 2))
+    sizes = {0: 0, 1: 8 * 200 + 8 * 4 * 4 + 16, 2: 16 * 200 + 8 * 4 * 5 + 16}
+    every = [
+        (sum(sizes[one] for one in bits), sum(errors[one, at] for at, one in enumerate(bits)))
+        for bits in itertools.product(range(3), repeat=4)
+    ]
+    for band in bands[1:]:
+        bits = [bits for bits, columns in band.levels for _ in range(columns)] + [0] * (4 - band.rank)
+        size = sum(sizes[one] for one in bits)
+        assert sum(errors[one, at] for at, one in enumerate(bits)) <= min(e for s, e in every if s <= size) + 1e-9
+    assert len({band.levels for band in bands}) == len(bands) > 2
+
+
+def test_directions_get_bits_by_what_they_hold(measured):
+    graded = [band for band in _allocated(measured[2], 9000).layout.bands if band.projected and len(band.levels) > 2]
+    assert graded
+    rounded = [option.cost for option in measured[2].options[0][0, measured[2].curves[0].segments]]
+    assert rounded == sorted(rounded, reverse=True)
+
+
+def test_the_sensitivity_is_what_errors_do_to_the_outputs(gpt2, text_data, tmp_path):
+    """The divergence that small errors of looked-up rows cause, against what the second moment foretells."""
+    network, ctx = load(gpt2), context(tmp_path, "text-generation", text_data)
+    data = sample(as_artifact(gpt2), 24, ctx)
+    found, _ = places(network)
+    both = moments(network, found, data, torch.Generator().manual_seed(0))[0]
+    heads = dataclasses.replace(found[0], embeddings={})
+    alone = moments(network, [heads], data, torch.Generator().manual_seed(0))[0]
+    assert torch.equal(alone, alone.T)
+    fisher = (both - alone) / 2
+    generator, table_ = torch.Generator().manual_seed(1), found[0].weight
+    told, seen = 0.0, 0.0
+    for _ in range(3):
+        error = torch.randn(table_.shape[1], generator=generator) * 1e-2
+        told += float(error.double() @ fisher @ error.double()) / 2
+        for batch in examples(data):
+            before = network(**batch).logits.log_softmax(-1)
+            for at in range(batch["input_ids"].shape[1]):
+                vectors = network.get_input_embeddings()(batch["input_ids"]).detach()
+                vectors[0, at] += error
+                after = network(inputs_embeds=vectors, attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+                seen += float((before.exp() * (before - after)).sum())
+    assert told == pytest.approx(seen, rel=0.35)

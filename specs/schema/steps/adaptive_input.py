@@ -36,8 +36,9 @@ class HealSpec(TrainingSpec):
 
 class AdaptiveInputSpec(StepSpec):
     """Make the embedding smaller by giving each token the precision that it needs. Tokens fall into bands by their
-    information, each band gets a rank and bits, and the allocation that loses least within the budget is solved from
-    error curves measured on the table. A tied output layer uses the same factors. The tokenizer stays as it is."""
+    information, each band gets a rank and bits for each of its directions, and the allocation that loses least within
+    the budget is solved from error curves measured on the table, in which an error counts what it does to the model's
+    outputs. A tied output layer uses the same factors. The tokenizer stays as it is."""
 
     uses: Literal["adaptive_input"]
     budget: Bytes | None = Field(
@@ -65,7 +66,7 @@ class AdaptiveInputSpec(StepSpec):
         default=None,
         min_length=1,
         examples=["[8]"],
-        description="the bits that a band may have, of 16, 8, 6, 5, 4, 3, 2 and 1; [8] for a LiteRT file in int8, "
+        description="the bits that a direction may have, of 16, 8, 6, 5, 4, 3, 2 and 1; [8] for a LiteRT file in int8, "
         "where fewer save nothing; default: any of them, and float32 with method: adaptive",
     )
     bands: int = Field(default=5, gt=0, le=16, description="bands of a table, at most; how many and where is chosen")
@@ -85,7 +86,7 @@ class AdaptiveInputSpec(StepSpec):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The bits that a band may have."""
+        """The bits that a direction may have."""
         if self.method == "adaptive":
             return (32,)
         return get_args(Bits) if self.bits is None else self.bits
