@@ -109,6 +109,17 @@ def own_recipe(folder: Path, out: Path, *, best: bool) -> None:
     quantize_dynamic(str(floats), str(out), weight_type=QuantType.QInt8, **settings)
 
 
+def own_blocks(floats: Path, out: Path) -> None:
+    """ONNX Runtime's int8 in blocks of 128 inputs, activations too (``MatMulNBits``, accuracy level 4), of its float
+    model; tables stay float32."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    made = MatMulNBitsQuantizer(onnx.load(str(floats)), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
+    made.process()
+    onnx.save(made.model.model, str(out))
+
+
 def session(path: Path, threads: int) -> Call:
     import onnxruntime
 
@@ -142,6 +153,10 @@ def candidates(args: argparse.Namespace, data: DataSpec, tuned: Path) -> dict[st
         if not path.exists():
             own_recipe(tuned, path, best=best)
         add(f"ONNX Runtime's own int8, {name}", session(path, args.threads), path)
+    path = work / "own-blocks.onnx"
+    if not path.exists():
+        own_blocks(work / "plain.onnx", path)
+    add("ONNX Runtime's own int8, blocks of 128", session(path, args.threads), path)
     for precision in ("float32", "int8-dynamic"):
         spec = ExportOnnxSpec.model_validate({"uses": "export_onnx", "id": "o", "precision": precision})
         folder = once(Path(f"onnx-{precision}"), lambda ctx, s=spec: export_onnx(source, spec=s, ctx=ctx), work, data)
