@@ -115,7 +115,7 @@ def own_blocks(floats: Path, out: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    made = MatMulNBitsQuantizer(onnx.load(str(floats)), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
+    made: Any = MatMulNBitsQuantizer(onnx.load(str(floats)), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
     made.process()
     onnx.save(made.model.model, str(out))
 
@@ -125,7 +125,7 @@ def session(path: Path, threads: int) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    found = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda ids, mask: found.run(
         ["logits"], {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
     )[0]
