@@ -178,6 +178,8 @@ def main() -> None:
     for what, budget in budgets.items():
         group = "per-row" if what == "int4 g32" else None
         judge(f"mixed, bytes of {what}", {"mixed": {"budget": budget}, "group_size": group})
+    fields = {"mixed": {"budget": budgets["int4 g32"]}, "group_size": "per-row", "algorithm": "gptq"}
+    judge("mixed, gptq, bytes of int4 g32", fields)
     out = place("in order").out
     in_order(trained, out, middle)
     name = "8 bits in order, then 4, bytes of the middle"
@@ -189,6 +191,7 @@ def main() -> None:
     print("\n| mixed | beside | perplexity against it [95 %] |\n| --- | --- | --- |")
     pairs = {
         "mixed, bytes of int4 g32": "int4, groups of 32, rtn",
+        "mixed, gptq, bytes of int4 g32": "int4, groups of 32, gptq",
         "mixed, bytes of the middle": name,
         "mixed, bytes of int8": "int8",
     }
