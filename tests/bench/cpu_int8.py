@@ -115,7 +115,9 @@ def own_blocks(floats: Path, out: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    made: Any = MatMulNBitsQuantizer(onnx.load(str(floats)), bits=8, block_size=128, is_symmetric=True, accuracy_level=4)
+    made: Any = MatMulNBitsQuantizer(
+        onnx.load(str(floats)), bits=8, block_size=128, is_symmetric=True, accuracy_level=4
+    )
     made.process()
     onnx.save(made.model.model, str(out))
 
