@@ -482,6 +482,12 @@ def test_sizes_that_the_plan_refuses(made):
         "student.decoder_layers 3 is more than the model's 2; write at most 2",
     ]
     assert look(_spec(student={"layers": 1}), teacher, "speech-recognition", 32) == ([], [])
+    bert = json.loads((made["bert"][0] / "config.json").read_text())
+    problems, _ = look(_spec(student={"decoder_layers": 1, "hidden": 16, "heads": 3}), bert, CASES["bert"], 32)
+    assert problems == [
+        "student.decoder_layers: a bert model has no decoder; write layers",
+        "student.heads: 3 heads do not divide the width 16; write a divisor of it",
+    ]
 
 
 def test_no_text_without_labels(tmp_path, made):

@@ -332,6 +332,9 @@ def test_the_result_is_an_ordinary_smaller_model(request, tmp_path, family, meth
     for name, (old, new) in result.properties["shape"].items():
         assert (written[name], new <= old) == (new, True)
     assert result.touched
+    if family == "whisper" and method == "depth":  # its sines are not trained
+        sines = [model.model.encoder.embed_positions.weight for model in (whole, ours)]
+        assert torch.equal(*sines)
     if family in ("llama", "gpt2"):
         ids = torch.tensor([[5, 6, 7]])
         both = [
@@ -360,18 +363,6 @@ def test_one_stack_alone_becomes_shallower(tmp_path, bart, pair_data):
     config = load(ctx.out).config
     assert (config.encoder_layers, config.decoder_layers) == (2, 1)  # type: ignore[union-attr]
     generated(load(ctx.out), spoken("bart"))
-
-
-def test_a_broken_model_is_refused(tmp_path, llama, text_data):
-    from tasks.models import save
-
-    model = load(llama)
-    with torch.no_grad():
-        model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = float("nan")
-    save(model, tmp_path / "nan", tokenizer_from=llama)
-    ctx = context(tmp_path, "text-generation", text_data)
-    with pytest.raises(StepError, match=r"layers\.0\.mlp\.up_proj\.weight holds weights that are not finite"):
-        prune(as_artifact(tmp_path / "nan"), spec=spec(), ctx=ctx)
 
 
 def test_the_result_can_be_quantized(tmp_path, gpt2, text_data):
