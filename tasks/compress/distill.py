@@ -17,7 +17,6 @@ from tasks.compress.vocabularies import Aligned, align
 from tasks.compress.written import own_batches
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.models.applications import family_of
-from tasks.models.layout import check_finite
 from tasks.registry import step
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def look(spec: DistillSpec, config: Mapping[str, Any], task: Task, max_length: i
         except StepError as error:
             problems.append(str(error))
     if spec.student is not None:
-        problems += _too_large(spec.student, config)
+        problems += _unfit(spec.student, config)
     problems += _cannot_write(spec, config)
     return problems, []
 
@@ -57,12 +56,19 @@ def _cannot_write(spec: DistillSpec, config: Any) -> list[str]:
     ]
 
 
-def _too_large(student: StudentSpec, config: Mapping[str, Any]) -> list[str]:
-    """Sizes above those of the model that comes in, which no teacher made from it has."""
+def _unfit(student: StudentSpec, config: Mapping[str, Any]) -> list[str]:
+    """Sizes above those of the model that comes in, which no teacher made from it has, and those that go together in
+    none."""
+    from tasks.compress.student import no_decoder
     from tasks.models.patterns import PATTERNS
 
-    pattern = PATTERNS.get(config["model_type"])
+    kind, hidden, heads = config["model_type"], student.hidden, student.heads
+    pattern = PATTERNS.get(kind)
     problems: list[str] = []
+    if pattern is not None and student.decoder_layers and all(stack.role != "decoder" for stack in pattern.stacks):
+        problems.append(no_decoder(kind))
+    if pattern is not None and heads and hidden and hidden % heads and "head_size" not in pattern.stacks[0].fields:
+        problems.append(f"student.heads: {heads} heads do not divide the width {hidden}; write a divisor of it")
     for stack in pattern.stacks if pattern is not None else ():
         own = stack.role == "decoder" and student.decoder_layers is not None
         asked = {"depth": "decoder_layers" if own else "layers", "width": "hidden", "heads": "heads", "ffn": "ffn"}
@@ -91,11 +97,9 @@ def distill(*models: Artifact, spec: DistillSpec, ctx: StepContext) -> StepResul
 
     folder = models[-1].path
     teacher = load(folder, ctx.device)
-    check_finite(teacher)
     for problem in _cannot_write(spec, teacher.config):
         raise StepError(problem)
     student = _student(models, teacher, spec, ctx)
-    check_finite(student.network)
     data = finetune.training_data(student.network, student.artifact, ctx)
     alike(student.network, teacher)
     aligned = align(student.artifact.path, folder, data, spec, ctx)

@@ -64,7 +64,7 @@ def few_bits(network: nn.Module, model: Artifact, checked: Encoded, spec: Quanti
     tables = spec.embeddings is not False
     selection = select(network, spec.skip, tables)
     if not selection.layers:
-        raise StepError(f"quantize found no linear layer to convert: {reasons(selection.left)}")
+        raise StepError(f"quantize found no linear layer to convert: {reasons(selection.left) or 'the model has none'}")
     data = sample(model, spec.samples or SAMPLES, ctx) if spec.calibrates else None
     properties: dict[str, Any] = {"algorithm": spec.algorithm}
     if data is not None:
@@ -172,6 +172,8 @@ def _weights(
     rounded = {name: _on_cpu(codes) for name, codes in found.rounded.items()}
     clipped = {name: codes.clipped for name, codes in rounded.items()}
     _refuse_saturated(clipped, "weights", "raise damping, or write algorithm: rtn")
+    if spec.mixed is not None and set(bits.values()) == {sensitivity.BITS[-1]}:
+        warnings = (*warnings, f"mixed: {spec.mixed.budget} bytes hold every layer in 16 bits; write a smaller budget")
     changed, entry = pack_weights(network, selection, bits, groups, rounded, found.scales)
     properties |= _told(found) | {
         "bits": bits,

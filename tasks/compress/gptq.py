@@ -32,8 +32,9 @@ def gptq(
 
     Columns are rounded one after the other; what is lost in one is made up for in those that follow, by the inverse of
     the inputs' second moments. The scale of a group is taken from its weights as they are when the group is reached,
-    with ``act_order`` from the weights as they came. Beyond the paper: each row keeps the rounding to the nearest where
-    that disturbs its outputs less, so that no row is ever worse off.
+    with ``act_order`` from the weights as they came. Beyond the paper: what is 0 stays 0, so that a pruned model keeps
+    its zeros and its pattern (the joint compression of SparseGPT, 2301.00774), and each row keeps the rounding to the
+    nearest where that disturbs its outputs less, so that no row is ever worse off.
 
     Args:
         weight: float [rows, columns].
@@ -58,6 +59,7 @@ def gptq(
     upper = _inverse_factor(hessian[order][:, order], damping).to(weight.dtype)
     given = spread(nearest.scale, size, columns)[:, order] if act_order else None
     left = weight[:, order].clone()
+    pruned = left == 0
     codes = torch.zeros_like(left)
     wanted = torch.zeros_like(left)
     scales = []
@@ -73,11 +75,11 @@ def gptq(
                 # The block's later columns are up to date, those behind it are not yet.
                 if at + size > end > at:
                     ahead[:, end - at :] -= errors[:, : at - start] @ upper[start:at, end : at + size]
-                scale = scale_of(ahead, bits)
+                scale = scale_of(ahead.masked_fill(pruned[:, at : at + size], 0), bits)
                 scales.append(scale)
             column = left[:, at].clone()
-            wanted[:, at] = column
-            codes[:, at] = to_codes(column, scale, bits)
+            wanted[:, at] = column.masked_fill(pruned[:, at], 0)
+            codes[:, at] = to_codes(wanted[:, at], scale, bits)
             error = (column - codes[:, at] * scale) / upper[at, at]
             left[:, at:end] -= error[:, None] * upper[at, at:end]
             errors[:, at - start] = error

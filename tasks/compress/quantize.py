@@ -10,7 +10,7 @@ from specs.schema.base import Task
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress.calibrate import outputs
 from tasks.compress.few_bits import few_bits
-from tasks.compress.selection import check_finite, reasons
+from tasks.compress.selection import reasons
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step
 
@@ -60,9 +60,6 @@ def quantize(model: Artifact, *, spec: QuantizeSpec, ctx: StepContext) -> StepRe
     from tasks.models.transforms import read_extras
 
     network = load(model.path)
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            check_finite(name, tensor)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store).take(slice(0, CHECKED_EXAMPLES))
     before = outputs(network, data)
     earlier, properties, warnings = read_extras(model.path).transforms, {}, []

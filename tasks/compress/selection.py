@@ -66,7 +66,7 @@ def select(network: nn.Module, skip: Sequence[str] = (), tables: bool = True) ->
         tables: whether embeddings are packed.
 
     Raises:
-        StepError: a pattern matches no linear layer and no embedding, or a weight is not finite.
+        StepError: a pattern matches no linear layer and no embedding.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -96,9 +96,6 @@ def select(network: nn.Module, skip: Sequence[str] = (), tables: bool = True) ->
     for name in modules:
         if name not in left and owner[name] in kept:
             left[name] = f"tied to {kept[owner[name]]}, which stays float"
-    for name, module in modules.items():
-        if name not in left:
-            check_finite(_weight(name), module.weight)
     return Selection(
         layers=tuple(layer.name for layer in linear if layer.name not in left),
         embeddings=tuple(table.name for table in found_tables if table.name not in left),
@@ -115,22 +112,6 @@ def rows_of(network: nn.Module, selection: Selection, name: str) -> Tensor:
     """The weights of a layer as [out, in], or the rows of a table: a view, through which the model can be written."""
     module: Any = network.get_submodule(name)
     return module.weight.detach().T if name in selection.transposed else module.weight.detach()
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    """Refuse what no number of bits can hold.
-
-    Raises:
-        StepError: a weight is NaN or infinite.
-    """
-    import torch
-
-    wrong = int((~torch.isfinite(weight)).sum())
-    if wrong:
-        raise StepError(
-            f"{name} holds {wrong} weights of {weight.numel()} that are NaN or infinite, which cannot be quantized; "
-            "take a model that was saved before its training diverged"
-        )
 
 
 def reasons(left: Mapping[str, str]) -> str:

@@ -88,11 +88,9 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     """
     from tasks.compress.calibrate import sample
     from tasks.models import load, save
-    from tasks.models.check import weights_in
-    from tasks.models.layout import check_finite
+    from tasks.models.check import grown, weights_in
 
     network = load(model.path, ctx.device)
-    check_finite(network)
     way = _WAYS[spec.method](network, spec)
     keep = spec.keep
     assert isinstance(keep, Keep)
@@ -125,10 +123,6 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     sizes = weights_in(model.path), weights_in(ctx.out)
     if sizes[1].parameters >= sizes[0].parameters:
         raise StepError(f"the model has {sizes[1].parameters} parameters and had {sizes[0].parameters}; keep less")
-    if sizes[1].bytes >= sizes[0].bytes:
-        warnings.append(
-            "the file is no smaller: its weights came in fewer bits and are float32 now; quantize afterwards"
-        )
     return StepResult(
         kind="model",
         touched=tuple(sorted(kept)),
@@ -143,7 +137,7 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
             "weight_bytes": sizes[1].bytes,
             "weight_bytes_before": sizes[0].bytes,
         },
-        warnings=tuple(warnings),
+        warnings=(*warnings, *grown(*sizes)),
     )
 
 
@@ -155,8 +149,6 @@ def recover(
     from tasks.finetune.loop import train
 
     assert spec.recover is not None
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
     trained = train(network, finetune.training_data(network, model, ctx), spec.recover, ctx)
     network.to("cpu")
     return finetune.summary(trained), finetune.properties(trained), finetune.warnings(trained)

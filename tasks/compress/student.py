@@ -87,6 +87,8 @@ def plan(teacher: nn.Module, spec: StudentSpec, scores: Mapping[str, Tensor]) ->
     wide = parts.stacks[0].width
     hidden = spec.hidden or wide
     _not_above("hidden", hidden, wide)
+    if spec.decoder_layers is not None and all(stack.role != "decoder" for stack in parts.stacks):
+        raise StepError(no_decoder(parts.model_type))
     fields: dict[str, Any] = {}
     blocks: dict[str, Sequence[int]] = {}
     kept: dict[str, Sequence[int]] = {}
@@ -122,28 +124,37 @@ class Heads:
 def _heads(stack: Stack, spec: StudentSpec, hidden: int, wide: int) -> Heads:
     first = stack.blocks[0].attentions[0]
     own_size = "head_size" in stack.fields
+    group = first.heads // first.kv_heads
     if spec.heads is not None:
         count = spec.heads
     elif own_size:
-        count = max(1, first.heads * hidden // wide)
-        count = next(n for n in range(count, 0, -1) if n % first.kv_heads == 0 or first.kv_heads % n == 0)
+        most, least = max(1, first.heads * hidden // wide), min(group, first.kv_heads)
+        count = next((n for n in range(most, least, -1) if n % group == 0 or n % first.kv_heads == 0), least)
     else:
         count = hidden // first.head_size if hidden % first.head_size == 0 else first.heads
     _not_above("heads", count, first.heads)
     if not own_size and hidden % count:
         fitting = [n for n in range(1, first.heads + 1) if hidden % n == 0]
-        raise StepError(
-            f"student.heads: {count} heads do not divide the width {hidden}; write one of "
-            f"{', '.join(map(str, fitting))}"
-        )
-    group = first.heads // first.kv_heads
+        one = f"one of {', '.join(map(str, fitting))}" if len(fitting) > 1 else "1"
+        if spec.heads is None:
+            raise StepError(
+                f"student.hidden: the teacher's {first.heads} heads of {first.head_size} do not divide the width "
+                f"{hidden}; write a multiple of {first.head_size}, or as heads {one}"
+            )
+        raise StepError(f"student.heads: {count} heads do not divide the width {hidden}; write {one}")
     kv = count // group if count % group == 0 else first.kv_heads
     if count % kv:
+        of = " or of ".join(dict.fromkeys((str(group), str(first.kv_heads))))
         raise StepError(
             f"student.heads: {count} heads cannot share the teacher's {first.kv_heads} heads of keys and values; write "
-            f"a multiple of {group} or of {first.kv_heads}"
+            f"a multiple of {of}"
         )
     return Heads(count, kv, first.head_size if own_size else hidden // count)
+
+
+def no_decoder(kind: str) -> str:
+    """What is wrong with ``decoder_layers`` for a model of encoders alone."""
+    return f"student.decoder_layers: a {kind} model has no decoder; write layers"
 
 
 def _fields(stack: Stack, hidden: int, heads: Heads, ffn: int) -> dict[str, Any]:

@@ -75,11 +75,11 @@ def prune_weights(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepRes
             pattern, there is nothing to calibrate with, or the training fails.
     """
     from tasks.models import load, save
+    from tasks.models.check import grown, weights_in
 
     network = load(model.path)
     layers, left = prunable_layers(network)
     check((layers, left), spec)
-    _check_finite(layers)
     zeros_before = {layer.weight_name: int((layer.weight == 0).sum()) for layer in layers}
     kept = plan(layers, spec)
     notes = _Notes()
@@ -119,7 +119,7 @@ def prune_weights(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepRes
             **notes.properties,
             **measured,
         },
-        warnings=(*gains, *notes.warnings),
+        warnings=(*gains, *notes.warnings, *grown(weights_in(model.path), weights_in(ctx.out))),
     )
 
 
@@ -281,15 +281,6 @@ def _gain(
     card = torch.cuda.get_device_name()
     text += f"; measured on {card}, float16, {gain.tokens} tokens: {gain.layers} of {len(layers)} layers run as 2:4, "
     return [f"{text}{dense / sparse:.2f} times as fast as dense"], {"semi_structured": {"gpu": card, **figures}}
-
-
-def _check_finite(layers: Iterable[LinearLayer]) -> None:
-    for layer in layers:
-        if not bool(layer.weight.isfinite().all()):
-            raise StepError(
-                f"{layer.weight_name} holds numbers that are not finite (NaN or infinite), so that nothing can be "
-                "said of its weights; make the model again, with a lower learning_rate where it was trained"
-            )
 
 
 def _check_effect(layers: Iterable[LinearLayer], kept: int, zeros: int, spec: PruneSpec) -> None:

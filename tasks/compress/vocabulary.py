@@ -56,11 +56,12 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
     """
     from tasks.data import encode
     from tasks.models import load, save
-    from tasks.models.check import weights_in
-    from tasks.models.layout import check_finite
+    from tasks.models.check import grown, weights_in
 
+    reason = refuses(ctx.task)
+    if reason is not None:
+        raise StepError(reason)
     network: Any = load(model.path)
-    check_finite(network)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
     if not len(data):
         raise StepError("the training data has no example to see tokens in; check data.train and its filters")
@@ -102,7 +103,7 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
             "weight_bytes": sizes[1].bytes,
             "weight_bytes_before": sizes[0].bytes,
         },
-        warnings=tuple(warnings),
+        warnings=(*warnings, *grown(*sizes)),
     )
 
 

@@ -237,7 +237,7 @@ class _Reader:
         gate = f"{name}.{pattern.gate}" if f"{name}.{pattern.gate}" in self.linear else None
         down = f"{name}.{pattern.down}"
         for layer in (up, down):
-            self._module(layer)
+            self._layer(layer)
         return Block(
             name=name,
             index=index,
@@ -258,7 +258,7 @@ class _Reader:
             f"{at}.{part}" for part in (pattern.query, pattern.key, pattern.value, pattern.output)
         )
         for layer in (query, key, value, output):
-            self._module(layer)
+            self._layer(layer)
         parts = 3 if query == key else 1
         heads = getattr(self.config, stack.fields["heads"])
         size = self.linear[query].shape[0] // parts // heads
@@ -280,6 +280,15 @@ class _Reader:
         if name not in self.modules:
             raise StepError(f"this {self.config.model_type} model is not built as its type is: it has no {name}")
         return self.modules[name]
+
+    def _layer(self, name: str) -> None:
+        """Refuse what is no linear layer, for example because its weights are packed."""
+        module = self._module(name)
+        if name not in self.linear:
+            raise StepError(
+                f"{name} is a {type(module).__name__} and no linear layer of floats any more; put this step before the "
+                "one that replaced it"
+            )
 
     def _tables(self, at: str, named: Mapping[str, str]) -> dict[str, str]:
         """Those that are tables of weights: a model may compute its positions instead."""

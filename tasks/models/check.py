@@ -91,6 +91,14 @@ def weights_in(folder: Path) -> Weights:
     return _sum(_tensors(folder))
 
 
+def grown(before: Weights, after: Weights) -> tuple[str, ...]:
+    """A warning where a file that was stored in fewer bits is larger now, as its weights are float32."""
+    if after.bytes <= before.bytes:
+        return ()
+    sizes = f"{before.bytes / 1e6:.3g} to {after.bytes / 1e6:.3g} MB"
+    return (f"the file grew from {sizes}: its weights came in fewer bits and are float32 now; quantize afterwards",)
+
+
 def _tensors(folder: Path) -> Iterable[Mapping[str, Any]]:
     names = [WEIGHTS]
     if (folder / INDEX).is_file():

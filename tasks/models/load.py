@@ -12,6 +12,7 @@ from specs.schema.base import TASKS
 from tasks.context import StepError
 from tasks.models.applications import auto_for, task_of
 from tasks.models.features import FILE as FEATURES
+from tasks.models.layout import check_finite
 from tasks.models.transforms import Extras, read_extras, replay, trainable, write_extras
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def load(path: Path, device: str = "cpu") -> nn.Module:
     Weights stored as fp16 or bf16 compute in float32. Transforms that ``lathe.json`` records are replayed.
 
     Raises:
-        StepError: the folder has no safetensors weights, asks for code of its own, or does not fit its configuration.
+        StepError: the folder has no safetensors weights, asks for code of its own, or does not fit its configuration,
+            or a weight is not finite.
     """
     import torch
 
@@ -63,7 +65,7 @@ def load(path: Path, device: str = "cpu") -> nn.Module:
     auto = auto_class(config, path)
     extras = read_extras(path)
     if extras.transforms:
-        return _load_transformed(path, config, auto, extras).eval().to(device)
+        return _whole(_load_transformed(path, config, auto, extras), device)
     check_weights(path)
     model, info = auto.from_pretrained(
         path,
@@ -80,7 +82,12 @@ def load(path: Path, device: str = "cpu") -> nn.Module:
             f"{path}: {len(missing)} weights that config.json asks for are not in the file, first {missing[0]}; "
             "the folder is incomplete or belongs to another model"
         )
-    return _settled(model).eval().to(device)
+    return _whole(_settled(model), device)
+
+
+def _whole(model: nn.Module, device: str) -> nn.Module:
+    check_finite(model)
+    return model.eval().to(device)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

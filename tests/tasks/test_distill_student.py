@@ -135,6 +135,12 @@ def test_it_generates_after_the_cut():
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize(("hidden", "heads", "kv"), [(24, 2, 1), (12, 2, 1), (8, 2, 1)])
+def test_heads_that_share_keys_and_values_fit_any_width(hidden, heads, kv):
+    config = build(tiny.network("llama"), StudentSpec(hidden=hidden)).config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (heads, kv, 8)
+
+
 def test_what_matters_is_kept_and_not_what_comes_first():
     teacher = tiny.network("bert")
     with torch.no_grad():
@@ -153,7 +159,9 @@ def test_what_matters_is_kept_and_not_what_comes_first():
         ("bert", {"heads": 8}, "student.heads 8 is more than the teacher's 4"),
         ("bert", {"ffn": 65}, "student.ffn 65 is more than the teacher's 64"),
         ("bert", {"heads": 3}, r"student.heads: 3 heads do not divide the width 32; write one of 1, 2, 4"),
-        ("llama", {"heads": 3}, "student.heads: 3 heads cannot share the teacher's 2 heads of keys and values"),
+        ("bert", {"hidden": 30}, "student.hidden: the teacher's 4 heads of 8 do not .*; .* or as heads one of 1, 2, 3"),
+        ("bert", {"decoder_layers": 1}, "student.decoder_layers: a bert model has no decoder; write layers"),
+        ("llama", {"heads": 3}, "student.heads: 3 heads cannot share .* 2 heads of keys and values; .* multiple of 2$"),
         ("whisper", {"decoder_layers": 3}, "student.decoder_layers 3 is more than"),
         ("wav2vec2", {"hidden": 18, "heads": 2}, "no multiple of the 4 groups of the model's convolution"),
     ],

@@ -206,3 +206,7 @@ def test_a_model_that_is_built_otherwise_is_told():
     del model.model.layers[1].mlp.down_proj
     with pytest.raises(StepError, match=r"it has no model\.layers\.1\.mlp\.down_proj"):
         anatomy(model)
+    model = make("llama")
+    model.model.layers[1].self_attn.v_proj = nn.Identity()
+    with pytest.raises(StepError, match=r"layers\.1\.self_attn\.v_proj is a Identity and no linear layer of floats"):
+        anatomy(model)

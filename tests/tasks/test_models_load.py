@@ -6,17 +6,20 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from specs.schema.pipeline import KINDS
 from tasks.context import StepError
 from tasks.models import load, load_tokenizer, save
 from tasks.models.check import weights_in
 from tasks.models.layout import embeddings, linear_layers, tied_weights
 from tasks.models.transforms import read_extras, transform
-from tests.support import tiny_model
+from tasks.registry import find
+from tests.support import as_artifact, context, tiny_model
 
 IDS = torch.tensor([[1, 70, 80, 90, 2]])
 
@@ -24,6 +27,42 @@ IDS = torch.tensor([[1, 70, 80, 90, 2]])
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "finetune": {},
+    "prune": {"sparsity": 0.5},
+    "quantize": {},
+    "distill": {"teacher": "t", "student": {"layers": 1}},
+    "attention": {},
+    "adaptive_input": {"ratio": "4x"},
+    "export_onnx": {},
+    "export_tflite": {},
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, llama, value):
+    model: Any = load(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = value
+    save(model, tmp_path, llama)
+    with pytest.raises(StepError, match=r"layers\.1\.mlp\.up_proj\.weight holds weights that are not finite; take"):
+        load(tmp_path)
+
+
+def test_every_step_blames_the_weights_that_are_no_numbers(tmp_path, llama, text_data):
+    model: Any = load(llama)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    save(model, tmp_path / "broken", llama)
+    assert set(STEPS) == set(KINDS) - {"select"}
+    for name, fields in STEPS.items():
+        step = find(KINDS[name])
+        ctx = context(tmp_path / name, "text-generation", text_data)
+        with pytest.raises(StepError, match=r"^model\.norm\.weight holds weights that are not finite"):
+            step.function(as_artifact(tmp_path / "broken"), spec=step.spec(uses=name, id="s", **fields), ctx=ctx)
+        assert list(ctx.out.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -141,18 +142,15 @@ def test_movement_and_later_finetuning_end_to_end(text_data, llama, tmp_path):
     assert tuned.properties["zeros_kept"] == result.properties["zeros"]
 
 
-def test_weights_that_are_no_numbers_are_refused(text_data, llama, tmp_path):
-    model: Any = load(llama)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    save(model, tmp_path / "model", tokenizer_from=llama)
-    for method in ("magnitude", "wanda"):
-        with pytest.raises(StepError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):
-            prune(
-                as_artifact(tmp_path / "model"),
-                spec=spec(method, sparsity=0.5),
-                ctx=context(tmp_path / method, "text-generation", text_data),
-            )
+@pytest.mark.parametrize(
+    "fields",
+    [{"sparsity": 0.5}, {"method": "width", "keep": "90%", "calibration_examples": 2}, {"method": "vocabulary"}],
+)
+def test_a_file_that_grew_is_told(text_data, llama, tmp_path, fields):
+    save(load(llama).half(), tmp_path / "half", llama, compute_dtype="float32")
+    ctx = context(tmp_path, "text-generation", text_data)
+    result = prune(as_artifact(tmp_path / "half"), spec=PruneSpec(uses="prune", id="p", **fields), ctx=ctx)
+    assert re.match(r"the file grew from 0.0\d+ to 0.1\d+ MB: .* are float32 now; quantize after", result.warnings[-1])
 
 
 def test_inputs_that_are_no_numbers_name_the_layer():

@@ -228,6 +228,11 @@ def test_where_every_token_is_used_nothing_can_go(tmp_path, llama, text_data, mo
         prune(as_artifact(llama), spec=SPEC, ctx=ctx)
 
 
+def test_speech_is_refused(tmp_path, whisper, speech_data):
+    with pytest.raises(StepError, match="method: vocabulary is for models that read text"):
+        prune(as_artifact(whisper), spec=SPEC, ctx=context(tmp_path, "speech-recognition", speech_data))
+
+
 def test_more_tokens_than_rows_are_refused():
     content = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 7}, "unk_token": "a"}, "added_tokens": []}
     with pytest.raises(StepError, match="has the token 7, and the model rows for 5"):

@@ -94,6 +94,17 @@ def test_gptq_is_never_worse_than_the_nearest_on_what_it_saw(rows, columns, coun
     assert 0 <= kept <= rows
 
 
+@pytest.mark.parametrize("order", [False, True])
+def test_gptq_leaves_zeros_what_they_are(order):
+    weight, _, hessian = _moments(4, 200, 400, 3)
+    weight.view(-1, 4)[:, :2] = 0
+    rounded, kept = gptq(weight, hessian, 4, 32, act_order=order)
+    assert not rounded.codes[weight == 0].any()
+    nearest = output_error(round_to(weight, 4, 32).weight - weight, hessian)
+    assert kept == 0
+    assert output_error(rounded.weight - weight, hessian).sum() < 0.9 * nearest.sum()
+
+
 def test_the_output_error_is_that_of_the_outputs():
     weight, x, hessian = _moments(3, 10, 50, 0)
     expected = (x @ weight.T).double().square().mean(0)
