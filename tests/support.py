@@ -244,6 +244,7 @@ def context(folder: Path, task: Task, data: DataSpec, model: ModelSpec | None = 
         "task": task,
         "model": model or ModelSpec(config=tiny_config("llama")),
         "data": data,
+        "emit": json.dumps,  # events travel as JSON: what cannot must not pass here either
         **folders,
     }
     return StepContext(**{**fields, **overrides})

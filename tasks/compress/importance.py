@@ -121,7 +121,7 @@ def taylor(
             if parameter.grad is not None:
                 found[name] += (parameter.detach() * parameter.grad).abs().double().cpu()
         if progress is not None:
-            progress(rows[-1] + 1, len(data), "examples")
+            progress(min(start + BATCH, len(data)), len(data), "examples")
     network.zero_grad(set_to_none=True)
     for name, weight in weights.items():
         weight.requires_grad_(asked[name])
