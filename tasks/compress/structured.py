@@ -90,8 +90,10 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     from tasks.models import load, save
     from tasks.models.check import weights_in
     from tasks.models.layout import check_finite
+    from tasks.models.load import check_plain
 
     network = load(model.path, ctx.device)
+    check_plain(network)
     check_finite(network)
     way = _WAYS[spec.method](network, spec)
     keep = spec.keep

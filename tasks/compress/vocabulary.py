@@ -58,8 +58,10 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
     from tasks.models import load, save
     from tasks.models.check import weights_in
     from tasks.models.layout import check_finite
+    from tasks.models.load import check_plain
 
     network: Any = load(model.path)
+    check_plain(network)
     check_finite(network)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
     if not len(data):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from specs.schema.base import Task
 from specs.schema.graph import BaselineSpec
@@ -60,6 +60,9 @@ DECODER = {
 
 LOOKUPS = 200
 
+ROUNDS = 30
+"""Of alternating least squares."""
+
 
 def svd(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
     """The best factors of a rank, in float16."""
@@ -86,6 +89,31 @@ def product(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         made[:, at : at + width // parts] = centres.half().float()[torch.cdist(some, centres).argmin(1)]
     return made, rows * parts + 512 * width
+
+
+def hashed(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
+    """Quotient and remainder of the id (Shi et al., 2019): the product of two rows of float16, one of each table, fitted
+    to ``weight`` by alternating least squares, weighted by frequency."""
+    rows, width = weight.shape
+    shares = torch.from_numpy(unigram(counts).weights).float()
+
+    def made(_: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
+        most = budget // (2 * width)
+        remainders = max((n for n in range(1, most) if n - (-rows // n) <= most), default=0)
+        if not remainders:
+            return torch.zeros_like(weight), 0
+        quotients = -(-rows // remainders)
+        spare = quotients * remainders - rows
+        grid = pad(weight, (0, 0, 0, spare)).view(quotients, remainders, width)
+        counted = pad(shares, (0, spare)).view(quotients, remainders, 1)
+        first, second = torch.ones(quotients, 1, width), torch.zeros(1, remainders, width)
+        for _ in range(ROUNDS):
+            second = (counted * grid * first).sum(0, True) / (counted * first**2).sum(0, True).clamp_min(1e-12)
+            first = (counted * grid * second).sum(1, True) / (counted * second**2).sum(1, True).clamp_min(1e-12)
+        fitted = first.half().float() * second.half().float()
+        return fitted.view(-1, width)[:rows], 2 * width * (quotients + remainders)
+
+    return made
 
 
 def group_reduce(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
@@ -232,6 +260,7 @@ def main() -> None:
             f"uniform int{bits}", rounding.rounded(weight, bits), rounding.bytes_of(len(weight), weight.shape[1], bits)
         )
     peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
+    peers["quotient-remainder hashing"] = hashed(weight, counts)
     training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1), "learning_rate": rate}
     for ratio in given.ratios:
         budget = int(whole_bytes / ratio)

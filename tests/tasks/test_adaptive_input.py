@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from specs.schema.base import FieldError
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from specs.schema.steps.finetune import FinetuneSpec
+from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
 from tasks.adaptive_input.preflight import look
 from tasks.adaptive_input.table import tables
 from tasks.compress.calibrate import outputs
+from tasks.compress.prune import prune
 from tasks.compress.quantize import quantize, relative_error
 from tasks.context import StepError
 from tasks.data import encode
@@ -183,6 +185,11 @@ def test_later_steps_keep_the_tables(request, tmp_path):
     assert len(tables(load(packed.out))) == len(tables(load(ctx.out)))
     with pytest.raises(StepError, match="in bands already"):
         adaptive_input(as_artifact(after.out), spec=_spec(ratio="5x"), ctx=packed)
+    # The plan refuses these, unless the step might have left the model as it was.
+    for fields in ({"method": "width", "keep": "50%"}, {"method": "depth", "keep": "50%"}, {"method": "vocabulary"}):
+        shape = PruneSpec.model_validate({"uses": "prune", "id": "p"} | fields)
+        with pytest.raises(StepError, match="put that step behind this one"):
+            prune(as_artifact(after.out), spec=shape, ctx=packed)
 
 
 def test_bad_budgets_are_refused_before_the_work(request, tmp_path):

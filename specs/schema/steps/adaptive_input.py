@@ -93,6 +93,16 @@ class AdaptiveInputSpec(StepSpec):
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
         return "model"
 
+    def forbids(self, later: StepSpec) -> str | None:
+        if isinstance(later, AdaptiveInputSpec):
+            return f"the tokens are in bands already, by {self.id!r}; leave one of the two adaptive_input steps out"
+        if later.rebuilds and not self.allow_noop:
+            return (
+                f"{later.uses} makes the model anew in another shape, and no configuration says the bands that "
+                f"{self.id!r} puts the tokens into; put {self.id!r} behind it"
+            )
+        return None
+
     def estimate(self, model: int) -> tuple[int, int]:
         # Beside the artifact checkpoints of the healing; in memory the curves' copies of the table.
         trained = 4 * model if self.heal is not None else 0
