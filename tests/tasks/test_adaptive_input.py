@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from specs.schema.base import FieldError
+from specs.schema.pipeline import DataSpec, ModelSpec
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
@@ -29,9 +30,10 @@ from tasks.context import StepError
 from tasks.data import encode
 from tasks.evaluate.footprint import of_model
 from tasks.finetune.finetune import finetune
+from tasks.look import look as plan
 from tasks.models import load as load_module
 from tasks.models.support import supports
-from tests.support import TASKS_OF, as_artifact, context, tiny_model
+from tests.support import TASKS_OF, as_artifact, context, tiny_model, write_jsonl
 
 
 def load(folder: Path) -> Any:
@@ -230,6 +232,33 @@ def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
     empty = dataclasses.replace(data, attention_mask=np.zeros_like(data.attention_mask))
     with pytest.raises(StepError, match="no tokens to count"):
         information.count(empty, 320)
+
+
+@pytest.mark.parametrize(
+    ("text", "filtered", "message"),
+    [
+        (
+            "\u200b\u2060",
+            {},
+            "data.train: the model's tokenizer makes no token, or unknown ones alone, of all its 12 texts",
+        ),
+        ("a film", {"min_tokens": 50}, "data.filter: it leaves nothing of the 12 records .*fewer than 50 tokens"),
+        ("a film", {}, None),
+    ],
+)
+def test_data_of_which_no_token_is_left_is_refused_in_the_plan(bert, tmp_path, text, filtered, message):
+    rows = [{"text": text, "label": "good" if number % 2 else "bad"} for number in range(12)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = DataSpec.model_validate({"train": str(rows), "eval": str(rows), "max_length": 16, "filter": filtered})
+
+    def seen():
+        return plan(ModelSpec(source=str(bert)), "text-classification", data, [_spec(ratio="4x")])
+
+    if message is None:
+        assert seen()[1][0].problems == []
+        return
+    with pytest.raises(StepError, match=message):
+        seen()
 
 
 @pytest.mark.parametrize(
