@@ -90,6 +90,11 @@ def least_bytes(rows: int, width: int, bits: Sequence[int]) -> int:
     return index_bytes(rows) + min(band_bytes(Band(rows, rank, each), width) for each in bits)
 
 
+def softmax_bytes(bands: int, width: int) -> int:
+    """Bytes of what an adaptive softmax over at most ``bands`` bands has beside the table."""
+    return 4 * (bands - 1) * width + _HEADER
+
+
 def least_rank(width: int) -> int:
     """The smallest rank that a band of a table of ``width`` may have."""
     return min(8, width)

@@ -100,8 +100,13 @@ def _next_token(
     from torch.nn.functional import cross_entropy
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     scored = mask[:, 1:].bool()
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if hasattr(layer, "surprisal") and not label_smoothing:  # an adaptive softmax need not score every token
+        with layer.passing():
+            hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return layer.surprisal(hidden[:, :-1][scored], ids[:, 1:][scored]).sum(), scored.sum()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     total = cross_entropy(
         logits[:, :-1][scored].float(), ids[:, 1:][scored], reduction="sum", label_smoothing=label_smoothing
     )

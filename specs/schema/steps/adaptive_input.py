@@ -39,6 +39,8 @@ class AdaptiveInputSpec(StepSpec):
     information, each band gets a rank and bits, and the allocation that loses least within the budget is solved from
     error curves measured on the table. A tied output layer uses the same factors. The tokenizer stays as it is."""
 
+    only: ClassVar[Mapping[str, tuple[Task, ...]]] = {"softmax": ("text-generation",)}
+
     uses: Literal["adaptive_input"]
     budget: Bytes | None = Field(
         default=None,
@@ -55,6 +57,11 @@ class AdaptiveInputSpec(StepSpec):
         default="banded",
         description="banded: factors in few bits, for a trained model; adaptive: factors in float32 that a later "
         "finetune trains, for one from random weights",
+    )
+    softmax: Literal["full", "adaptive"] = Field(
+        default="full",
+        description="with method: adaptive, how the output layer makes probabilities: over all tokens, or by bands "
+        "(adaptive), so that a training scores only the bands of the tokens that come next",
     )
     information: Literal["unigram", "contextual"] = Field(
         default="unigram",
@@ -120,4 +127,10 @@ class AdaptiveInputSpec(StepSpec):
                 raise FieldError(
                     name, f"{name} does not go with method: adaptive, whose factors a finetune trains; leave it out"
                 )
+        if self.softmax == "adaptive":
+            if self.method != "adaptive":
+                raise FieldError("softmax", "softmax: adaptive is for training; write method: adaptive beside it")
+            if self.head == "leave" or self.bands == 1:
+                name = "head" if self.head == "leave" else "bands"
+                raise FieldError(name, f"softmax: adaptive is about bands of the output layer; leave {name} out")
         return self
