@@ -18,11 +18,13 @@ from tasks.registry import find
 
 @dataclass(frozen=True)
 class Remark:
-    """What there is to say of one step before it runs: ``problems`` stop the run, ``warnings`` do not."""
+    """What there is to say of one step before it runs: ``problems`` stop the run, ``warnings`` do not; ``sized`` are
+    problems too, unless a step before makes the model anew in another shape."""
 
     step: str
     problems: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    sized: Sequence[str] = ()
 
 
 def look(
@@ -46,5 +48,6 @@ def look(
         if reason is not None:
             remarks.append(Remark(step.id, [reason]))
         elif preflight is not None:
-            remarks.append(Remark(step.id, *preflight(step, summary.config, task, data.max_length)))
+            problems, warnings = preflight(step, summary.config, task, data.max_length)
+            remarks.append(Remark(step.id, warnings=warnings, sized=problems))
     return summary, tuple(remarks)
