@@ -127,8 +127,8 @@ steps:
 """
     plan = make_plan(tiny(tmp_path, SPEC + steps), Home(tmp_path / "home"))
     (problem,) = plan.problems
-    assert ": alone: budget 2.0 kB is smaller than" in problem
-    assert [text for text in plan.warnings if text.startswith("behind: budget 2.0 kB is smaller than")]
+    assert ": alone: budget 2.05 kB is smaller than" in problem
+    assert [text for text in plan.warnings if text.startswith("behind: budget 2.05 kB is smaller than")]
 
 
 def test_a_value_from_the_command_line_is_its_own_place(tmp_path: Path) -> None:
