@@ -151,7 +151,7 @@ def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int,
         findings.warnings += [f"{step.id}: {warning}" for warning in remark.warnings]
         if remark.step in reshaped:
             findings.warnings += [
-                f"{step.id}: {text} (so it is for the model as it came in; the step will see the one that is made of it)"
+                f"{step.id}: {text} (so it is for the model as it came in; a step before makes another of it)"
                 for text in remark.sized
             ]
 

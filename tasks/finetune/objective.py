@@ -101,7 +101,8 @@ def _next_token(
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
     scored = mask[:, 1:].bool()
-    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    of_tokens: Any = getattr(model, "get_output_embeddings", None)
+    layer: Any = None if of_tokens is None else of_tokens()
     if hasattr(layer, "surprisal") and not label_smoothing:  # an adaptive softmax need not score every token
         with layer.passing():
             hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

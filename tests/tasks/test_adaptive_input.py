@@ -307,7 +307,7 @@ def test_data_of_which_no_token_is_left_is_refused_in_the_plan(bert, tmp_path, t
 
     if message is None:
         (said,) = seen()[1]
-        assert not (said.problems or said.sized)
+        assert not [*said.problems, *said.sized]
         return
     with pytest.raises(StepError, match=message):
         seen()
