@@ -119,8 +119,8 @@ def hashed(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, 
         counted = pad(shares, (0, spare)).view(quotients, remainders, 1)
         first, second = torch.ones(quotients, 1, width), torch.zeros(1, remainders, width)
         for _ in range(ROUNDS):
-            second = (counted * grid * first).sum(0, True) / (counted * first**2).sum(0, True).clamp_min(1e-12)
-            first = (counted * grid * second).sum(1, True) / (counted * second**2).sum(1, True).clamp_min(1e-12)
+            second = (counted * grid * first).sum(0, True) / (counted * first.square()).sum(0, True).clamp_min(1e-12)
+            first = (counted * grid * second).sum(1, True) / (counted * second.square()).sum(1, True).clamp_min(1e-12)
         fitted = first.half().float() * second.half().float()
         return fitted.view(-1, width)[:rows], 2 * width * (quotients + remainders)
 
