@@ -118,7 +118,7 @@ def hashed(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, 
         grid = pad(weight, (0, 0, 0, spare)).view(quotients, remainders, width)
         counted = pad(shares, (0, spare)).view(quotients, remainders, 1)
         first, second = torch.ones(quotients, 1, width), torch.zeros(1, remainders, width)
-        for _ in range(ROUNDS):
+        for _round in range(ROUNDS):
             second = (counted * grid * first).sum(0, True) / (counted * first.square()).sum(0, True).clamp_min(1e-12)
             first = (counted * grid * second).sum(1, True) / (counted * second.square()).sum(1, True).clamp_min(1e-12)
         fitted = first.half().float() * second.half().float()
