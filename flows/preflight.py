@@ -143,12 +143,30 @@ def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int,
     findings.facts.append(
         ("model", f"{model.architecture}, {count(model.parameters)} parameters, {size(model.bytes)}; {model.tokenizer}")
     )
+    reshaped = _reshaped(nodes)
     for remark in (Remark(**remark) for remark in seen["remarks"]):
         step = steps[remark.step]
-        findings.problems += [
-            Problem(f"{step.id}: {problem}", path_of_step(spec.steps, step, problem)) for problem in remark.problems
-        ]
+        sure = [*remark.problems, *(() if remark.step in reshaped else remark.sized)]
+        findings.problems += [Problem(f"{step.id}: {text}", path_of_step(spec.steps, step, text)) for text in sure]
         findings.warnings += [f"{step.id}: {warning}" for warning in remark.warnings]
+        if remark.step in reshaped:
+            findings.warnings += [
+                f"{step.id}: {text} (so it is for the model as it came in; a step before makes another of it)"
+                for text in remark.sized
+            ]
+
+
+def _reshaped(nodes: Sequence[Node]) -> set[str]:
+    """The steps that may take a model of another shape than the one that came in."""
+    made: set[str] = set()
+    takes: set[str] = set()
+    for node in nodes:
+        shaped = node.spec.shaped_by(node.inputs)
+        if made.intersection(node.inputs):
+            takes.add(node.id)
+        if node.spec.rebuilds or made.intersection(shaped) or (node.inputs and not shaped):
+            made.add(node.id)
+    return takes
 
 
 def _field_of_model(spec: PipelineSpec, text: str) -> KeyPath:

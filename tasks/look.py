@@ -8,18 +8,23 @@ from dataclasses import dataclass
 
 from specs.schema.base import StepSpec, Task
 from specs.schema.pipeline import DataSpec, ModelSpec
+from tasks.data.preflight import check_tokens
+from tasks.data.tokens import open_tokenizer
 from tasks.models import ModelSummary, check_model, family_of
+from tasks.models.resolve import resolve
 from tasks.models.support import supports
 from tasks.registry import find
 
 
 @dataclass(frozen=True)
 class Remark:
-    """What there is to say of one step before it runs: ``problems`` stop the run, ``warnings`` do not."""
+    """What there is to say of one step before it runs: ``problems`` stop the run, ``warnings`` do not; ``sized`` are
+    problems too, unless a step before makes the model anew in another shape."""
 
     step: str
     problems: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    sized: Sequence[str] = ()
 
 
 def look(
@@ -31,6 +36,10 @@ def look(
         StepError: the model cannot be had, read, or used for the task and the data.
     """
     summary = check_model(model, task, data)
+    named = model.tokenizer or model.source
+    folder = resolve(named, None if model.tokenizer else model.revision, weights=False).folder if named else None
+    if folder is not None and (folder / "tokenizer.json").is_file():  # one that is trained on the data knows it
+        check_tokens(data, task, open_tokenizer(folder))
     family = family_of(summary.config)
     remarks: list[Remark] = []
     for step in steps:
@@ -39,5 +48,6 @@ def look(
         if reason is not None:
             remarks.append(Remark(step.id, [reason]))
         elif preflight is not None:
-            remarks.append(Remark(step.id, *preflight(step, summary.config, task, data.max_length)))
+            problems, warnings = preflight(step, summary.config, task, data.max_length)
+            remarks.append(Remark(step.id, warnings=warnings, sized=problems))
     return summary, tuple(remarks)

@@ -128,6 +128,21 @@ class StepSpec(SpecModel):
         the inputs."""
         return MEASURABLE.get(kind, frozenset(("any", "model")))
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the step makes a model anew from its configuration in another shape, so that nothing is left of what
+        no configuration says."""
+        return False
+
+    def shaped_by(self, inputs: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``inputs`` whose structure the step's artifact has."""
+        return inputs
+
+    def forbids(self, later: StepSpec) -> str | None:
+        """Why the structure that the step gives a model rules ``later`` out behind it, with the remedy behind the first
+        ``; ``; None where it does not."""
+        return None
+
     def estimate(self, model: int) -> tuple[int, int]:
         """Bytes that the step writes and bytes of memory that it needs, roughly, for a model of ``model`` bytes."""
         return model, 2 * model + RUNTIME_BYTES

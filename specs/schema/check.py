@@ -57,6 +57,19 @@ class Survey:
         taken = {name for names in self.inputs.values() for name in names}
         return [id for id in self.inputs if id not in taken and id != BASELINE]
 
+    def shapers(self, id: str) -> list[StepSpec]:
+        """The specs from whose artifacts that of ``id`` has its structure, its own first."""
+        shapers: list[StepSpec] = []
+        seen, todo = set[str](), [id]
+        while todo:
+            name = todo.pop(0)
+            spec = self.spec(name)
+            if spec is not None and name not in seen:
+                seen.add(name)
+                shapers.append(spec)
+                todo.extend(spec.shaped_by(self.inputs[name]))
+        return shapers
+
     def ancestors(self, id: str) -> set[str]:
         """Everything that ``id`` is made from."""
         above: set[str] = set()
@@ -198,6 +211,8 @@ def _kinds(step: Outline, task: str | None, found: Survey) -> None:
         if kind is not None and kind not in takes:
             text = f"{step.uses} takes {_listed(takes)}, and {id!r} gives {_article(kind)}"
             found.problems.append(Problem((*path, *_input_path(step, id)), text, _way_out(takes, id, found)))
+    if step.spec is not None:
+        _structure(step, step.spec, found)
     sure = _without_swapped(makes)
     kind = sure[0] if len(sure) == 1 else None
     if step.spec is not None and kinds and len(known) == len(kinds):
@@ -213,6 +228,17 @@ def _kinds(step: Outline, task: str | None, found: Survey) -> None:
     elif kind is not None:
         npu = frozenset(("npu",) if kind == "export" else ())
         found.measurable[step.id] = MEASURABLE.get(kind, frozenset(("any", "model"))) | npu
+
+
+def _structure(step: Outline, spec: StepSpec, found: Survey) -> None:
+    """Whether the structure that steps above gave to the model rules the step out."""
+    for id in spec.shaped_by(found.inputs[step.id]):
+        for above in found.shapers(id):
+            reason = above.forbids(spec)
+            if reason is not None:
+                text, _, remedy = reason.partition("; ")
+                found.problems.append(Problem(("steps", step.index, *_input_path(step, id)), text, remedy))
+                return
 
 
 def _input_path(step: Outline, id: str) -> Path:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input import information as info
-from tasks.adaptive_input import table
+from tasks.adaptive_input import softmax, table
 from tasks.adaptive_input.bands import Fitted, Measured
 from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.layout import softmax_bytes
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
 from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
@@ -64,6 +65,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     if problem is not None:
         raise StepError(problem)
     budget = budget_of(spec, dense)
+    beside = _softmax_bytes(found, spec)
     if budget >= dense:
         save(network, ctx.out, tokenizer_from=model.path, transforms=read_extras(model.path).transforms)
         names = tuple(place.name for place in found)
@@ -76,13 +78,14 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     metrics = [metric(weight.shape[1], moment) for weight, moment in zip(weights, seen, strict=True)]
     ctx.note("measuring what bands lose")
     measured = Measured(weights, metrics, told, spec.widths, spec.bands, ctx.progress)
-    fitted = _allocated(measured, found, budget, spec)
+    fitted = _allocated(measured, found, budget - beside, spec)
     judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
     before = None if judged is None else info.surprise(network, judged, len(told.counts))
     hard, healed = _placed(network, list(zip(found, fitted, strict=True)), model, spec, ctx)
     network.eval()
     parts = [
         {"layout": one.layout.record(), "embeddings": dict(place.embeddings), "heads": dict(place.heads)}
+        | ({"softmax": "adaptive"} if _adaptive(place, one, spec) else {})
         for place, one in zip(found, fitted, strict=True)
     ]
     earlier = read_extras(model.path).transforms
@@ -161,9 +164,31 @@ def _placed(
         hard, trained = heal(network, pairs, model, spec.heal, ctx)
         return hard, finetune.summary(trained)
     hard = [stored_table(fitted) for _, fitted in pairs]
-    for (place, _), one in zip(pairs, hard, strict=True):
-        table.place(network, one, place.embeddings, place.heads)
+    for (place, fitted), one in zip(pairs, hard, strict=True):
+        adaptive = _adaptive(place, fitted, spec)
+        table.place(network, one, place.embeddings, place.heads, adaptive)
+        if adaptive:
+            softmax.check(network)
     return hard, ""
+
+
+def _adaptive(place: Place, fitted: Fitted, spec: AdaptiveInputSpec) -> bool:
+    return spec.softmax == "adaptive" and bool(place.heads) and len(fitted.layout.bands) > 1
+
+
+def _softmax_bytes(found: Sequence[Place], spec: AdaptiveInputSpec) -> int:
+    """Bytes to leave for what an adaptive softmax has beside its table.
+
+    Raises:
+        StepError: no output layer can have one.
+    """
+    if spec.softmax == "full":
+        return 0
+    heads = {name: bias for place in found for name, bias in place.heads.items()}
+    if len(heads) != 1 or any(heads.values()):
+        why = "has a bias" if any(heads.values()) else "has no tokens to choose among" if not heads else "is several"
+        raise StepError(f"the model's output layer {why}, which softmax: adaptive does not go with; leave softmax out")
+    return softmax_bytes(spec.bands, found[0].weight.shape[1])
 
 
 def stored_table(fitted: Fitted) -> Any:
@@ -180,7 +205,9 @@ def stored_bytes(folder: Path, place: Place) -> int:
 
     from tasks.models.load import WEIGHTS
 
-    names = [f"{name}.table." for name in (*place.embeddings, *place.heads)]
+    names = [f"{name}.table." for name in (*place.embeddings, *place.heads)] + [
+        f"{name}.others" for name in place.heads
+    ]
     with (folder / WEIGHTS).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     total = 0
@@ -212,6 +239,8 @@ def _result(
     )
     if healed:
         summary += f"; healed: {healed}"
+    if spec.softmax == "adaptive" and max(len(one.layout.bands) for one in fitted) == 1:
+        warnings.append("one band loses least, over which an adaptive softmax is a full one; write another ratio")
     in_int8 = sum(band.rank * band.count for one in fitted for band in one.layout.bands)
     if in_int8 > sizes.budget and spec.method == "banded":
         warnings.append(

@@ -139,6 +139,11 @@ def least_band(count: int, width: int, bits: int) -> Band:
     return Band(count, ((bits, rank),), projected=bits < 16 or rank < width)
 
 
+def softmax_bytes(bands: int, width: int) -> int:
+    """Bytes of what an adaptive softmax over at most ``bands`` bands has beside the table."""
+    return 4 * (bands - 1) * width + _HEADER
+
+
 def least_rank(width: int) -> int:
     """The smallest rank that a band of a table of ``width`` may have."""
     return min(8, width)

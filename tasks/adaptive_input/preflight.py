@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
-from tasks.adaptive_input.layout import least_bytes
+from tasks.adaptive_input.layout import least_bytes, softmax_bytes
 from tasks.evaluate.format import size
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def too_small(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | N
     """Why tables of ``shapes`` (rows, width) cannot be as small as is asked for; None where they can."""
     dense = sum(4 * rows * width for rows, width in shapes)
     least = sum(least_bytes(rows, width, spec.widths) for rows, width in shapes)
+    if spec.softmax == "adaptive":
+        least += softmax_bytes(spec.bands, shapes[0][1])
     budget = budget_of(spec, dense)
     if budget >= least:
         return None

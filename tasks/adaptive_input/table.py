@@ -134,8 +134,8 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Replace embeddings and output layers by ones whose tensors are to be loaded.
 
-    ``tables`` lists ``{"layout": {...}, "embeddings": {name: factor}, "heads": {name: bias}}``; the modules of one
-    entry share a table.
+    ``tables`` lists ``{"layout": {...}, "embeddings": {name: factor}, "heads": {name: bias}}``, with ``"softmax":
+    "adaptive"`` where the heads have one; the modules of one entry share a table.
     """
     import torch
 
@@ -147,10 +147,12 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
             rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
             empty |= tensors_of(number, band, rows, projection, mean)
         table = stored(layout, torch.zeros(layout.rows), empty)
-        place(model, table, one["embeddings"], one["heads"])
+        place(model, table, one["embeddings"], one["heads"], one.get("softmax") == "adaptive")
 
 
-def place(model: nn.Module, table: nn.Module, embeddings: Mapping[str, float], heads: Mapping[str, bool]) -> None:
+def place(
+    model: nn.Module, table: Any, embeddings: Mapping[str, float], heads: Mapping[str, bool], adaptive: bool = False
+) -> None:
     """Let ``table`` stand for the modules that are named.
 
     Args:
@@ -158,11 +160,17 @@ def place(model: nn.Module, table: nn.Module, embeddings: Mapping[str, float], h
         table: of ``stored``.
         embeddings: name to what its rows are multiplied with.
         heads: name to whether it has a bias, which stays.
+        adaptive: whether they give probabilities by an adaptive softmax over the bands, of which there are several.
     """
+    from tasks.adaptive_input import softmax
+
     for name, factor in embeddings.items():
         padding = getattr(model.get_submodule(name), "padding_idx", None)
         put(model, name, embedding(table, factor, padding))
     for name in heads:
+        if adaptive:
+            put(model, name, softmax.head(table))
+            continue
         put(model, name, head(table, getattr(model.get_submodule(name), "bias", None)))
 
 
@@ -258,14 +266,15 @@ def classes() -> Any:
 
         def scores(self, x: Tensor) -> Tensor:
             """``x`` [..., width] times every token's vector, [..., rows]."""
-            parts = []
-            for number in range(len(self.layout.bands)):
-                projection = self.projection(number)
-                narrow = x if projection is None else functional.linear(x, projection.to(x.dtype))
-                scores = functional.linear(narrow, self.rows(number).to(x.dtype))
-                mean = self.mean(number)
-                parts.append(scores if mean is None else scores + functional.linear(x, mean[None].to(x.dtype)))
+            parts = [self.band_scores(x, number) for number in range(len(self.layout.bands))]
             return torch.cat(parts, -1).index_select(-1, self.positions)
+
+        def band_scores(self, x: Tensor, number: int) -> Tensor:
+            """``x`` [..., width] times the vectors of a band, [..., count]."""
+            projection, mean = self.projection(number), self.mean(number)
+            narrow = x if projection is None else functional.linear(x, projection.to(x.dtype))
+            scores = functional.linear(narrow, self.rows(number).to(x.dtype))
+            return scores if mean is None else scores + functional.linear(x, mean[None].to(x.dtype))
 
         def _vectors(self, rows: Tensor, number: int) -> Tensor:
             projection, mean = self.projection(number), self.mean(number)

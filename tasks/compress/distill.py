@@ -182,7 +182,9 @@ def _cut(teacher: Artifact, network: nn.Module, spec: DistillSpec, ctx: StepCont
     """A student that is cut out of the teacher."""
     from tasks.compress.calibrate import sample
     from tasks.compress.student import build, cuts_widths
+    from tasks.models.load import check_plain
 
+    check_plain(network)
     assert spec.student is not None
     data = None
     if cuts_widths(spec.student):

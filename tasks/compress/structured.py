@@ -89,8 +89,10 @@ def prune_structure(model: Artifact, spec: PruneSpec, ctx: StepContext) -> StepR
     from tasks.compress.calibrate import sample
     from tasks.models import load, save
     from tasks.models.check import grown, weights_in
+    from tasks.models.load import check_plain
 
     network = load(model.path, ctx.device)
+    check_plain(network)
     way = _WAYS[spec.method](network, spec)
     keep = spec.keep
     assert isinstance(keep, Keep)

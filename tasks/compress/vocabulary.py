@@ -57,11 +57,13 @@ def prune_vocabulary(model: Artifact, spec: PruneSpec, ctx: StepContext) -> Step
     from tasks.data import encode
     from tasks.models import load, save
     from tasks.models.check import grown, weights_in
+    from tasks.models.load import check_plain
 
     reason = refuses(ctx.task)
     if reason is not None:
         raise StepError(reason)
     network: Any = load(model.path)
+    check_plain(network)
     data = encode(ctx.data, "train", ctx.task, model.path, ctx.store)
     if not len(data):
         raise StepError("the training data has no example to see tokens in; check data.train and its filters")

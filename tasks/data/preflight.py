@@ -9,6 +9,7 @@ from typing import Any
 
 from specs.schema.base import Task
 from specs.schema.pipeline import DataSpec
+from tasks.context import StepError
 from tasks.data import builtin, hub
 from tasks.data.audio import decoded, seconds_of
 from tasks.data.bad_rows import BadRow, BadRows
@@ -23,6 +24,9 @@ LOOK_AT = 100_000
 
 LOOK_AT_BYTES = 64 * 2**20
 """Bytes of text after which it stops too."""
+
+LOOK_AT_TOKENS = 10_000
+"""Records among which one with tokens is looked for."""
 
 EXAMPLES = 3
 _LONGEST_EXAMPLE = 200
@@ -97,6 +101,41 @@ def preflight(data: DataSpec, task: Task) -> dict[Split, DataSummary]:
             field of the data block means nothing to the task.
     """
     return _look(data, task, None, thorough=False)
+
+
+def check_tokens(data: DataSpec, task: Task, tokenizer: TextTokenizer) -> None:
+    """Look for a training example that has tokens, not unknown ones alone, and that the filter keeps; most data shows
+    one at once.
+
+    Args:
+        data: where it is; a mistake in it is ``preflight``'s to tell.
+        task: what the model does.
+        tokenizer: the model's.
+
+    Raises:
+        StepError: none of the records has one.
+    """
+    first, count, reason = "", 0, None
+    try:
+        for record in records(data, "train", task, BadRows(data.on_bad_row)):
+            ids = tokenizer.core.encode(record.text, add_special_tokens=False).ids
+            other = record.target
+            target = None if other is None else len(tokenizer.writes.encode(other, add_special_tokens=False).ids)
+            if set(ids) - {tokenizer.unknown}:
+                reason = left_out(data.filter, len(ids), target)
+                if reason is None:
+                    return
+            first, count = first or record.text, count + 1
+            if count == LOOK_AT_TOKENS:
+                return
+    except StepError:
+        return
+    if reason is not None:
+        raise StepError(f"data.filter: it leaves nothing of the {count} records of data.train ({reason}); loosen it")
+    raise StepError(
+        f"data.train: the model's tokenizer makes no token, or unknown ones alone, of all its {count} texts, the first "
+        f"of which is {first[:40]!r}; name data that holds text, or the tokenizer that belongs to it in model.tokenizer"
+    )
 
 
 def overview(data: DataSpec, task: Task, tokenizer: TextTokenizer | None = None) -> dict[Split, DataSummary]:

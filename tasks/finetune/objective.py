@@ -100,8 +100,14 @@ def _next_token(
     from torch.nn.functional import cross_entropy
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     scored = mask[:, 1:].bool()
+    of_tokens: Any = getattr(model, "get_output_embeddings", None)
+    layer: Any = None if of_tokens is None else of_tokens()
+    if hasattr(layer, "surprisal") and not label_smoothing:  # an adaptive softmax need not score every token
+        with layer.passing():
+            hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return layer.surprisal(hidden[:, :-1][scored], ids[:, 1:][scored]).sum(), scored.sum()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     total = cross_entropy(
         logits[:, :-1][scored].float(), ids[:, 1:][scored], reduction="sum", label_smoothing=label_smoothing
     )

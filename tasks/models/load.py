@@ -239,6 +239,17 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raises StepError where the model has a structure that no configuration says, so that it cannot be made anew from
+    one in another shape."""
+    names = [entry["name"] for entry in getattr(model, _REPLAYED, ())]
+    if names:
+        raise StepError(
+            f"no configuration says what an earlier step made of this model ({', '.join(names)}), so that it cannot be "
+            "made anew in another shape; put that step behind this one"
+        )
+
+
 def _load_transformed(path: Path, config: PretrainedConfig, auto: Any, extras: Extras) -> nn.Module:
     from safetensors.torch import load_file
     from transformers import GenerationConfig

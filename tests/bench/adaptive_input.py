@@ -8,15 +8,22 @@ A tied decoder of 0.9 M weights is trained on plain text, or with ``--model`` a 
 (kept in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times
 fewer than float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits;
 plain SVD and GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16;
-product quantization with 256 vectors for every part of a row.
-All in one run; nothing is random but the seed's choice. Prints
-tables in Markdown and draws ``adaptive_input.png`` into ``--work``.
+product quantization with 256 vectors for every part of a row;
+quotient-remainder hashing fitted to the table. All in one run; nothing is random but the seed's choice. Prints tables
+in Markdown and draws ``adaptive_input.png`` into ``--work``.
+
+    python -m tests.bench.adaptive_input --from-scratch 600 --ratios 8 --train NOVELS/train --eval NOVELS/valid \\
+        --work FOLDER
+
+trains the decoder with ``--vocabulary`` tokens from random weights instead: dense, with an adaptive input, and with an
+adaptive softmax too, each for as many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from specs.schema.base import Task
 from specs.schema.graph import BaselineSpec
@@ -40,6 +47,7 @@ from tasks.adaptive_input.information import count, unigram
 from tasks.compress.calibrate import outputs
 from tasks.data import encode
 from tasks.data.encoded import Encoded
+from tasks.data.tokens import open_tokenizer
 from tasks.finetune.finetune import finetune
 from tasks.models import load
 from tasks.models.origin import import_model
@@ -59,6 +67,12 @@ DECODER = {
 }
 
 LOOKUPS = 200
+
+PACE = 4
+"""Optimiser steps by which the pace of a training is measured."""
+
+ROUNDS = 30
+"""Of alternating least squares."""
 
 
 def svd(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
@@ -86,6 +100,31 @@ def product(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         made[:, at : at + width // parts] = centres.half().float()[torch.cdist(some, centres).argmin(1)]
     return made, rows * parts + 512 * width
+
+
+def hashed(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
+    """Quotient and remainder of the id (Shi et al., 2019): the product of two rows of float16, one of each table,
+    fitted to ``weight`` by alternating least squares, weighted by frequency."""
+    rows, width = weight.shape
+    shares = torch.from_numpy(unigram(counts).weights).float()
+
+    def made(_: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
+        most = budget // (2 * width)
+        remainders = max((n for n in range(1, most) if n - (-rows // n) <= most), default=0)
+        if not remainders:
+            return torch.zeros_like(weight), 0
+        quotients = -(-rows // remainders)
+        spare = quotients * remainders - rows
+        grid = pad(weight, (0, 0, 0, spare)).view(quotients, remainders, width)
+        counted = pad(shares, (0, spare)).view(quotients, remainders, 1)
+        first, second = torch.ones(quotients, 1, width), torch.zeros(1, remainders, width)
+        for _round in range(ROUNDS):
+            second = (counted * grid * first).sum(0, True) / (counted * first.square()).sum(0, True).clamp_min(1e-12)
+            first = (counted * grid * second).sum(1, True) / (counted * second.square()).sum(1, True).clamp_min(1e-12)
+        fitted = first.half().float() * second.half().float()
+        return fitted.view(-1, width)[:rows], 2 * width * (quotients + remainders)
+
+    return made
 
 
 def group_reduce(weight: torch.Tensor, counts: np.ndarray) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]:
@@ -158,6 +197,59 @@ def lookups(folder: Path, weight: torch.Tensor, length: int) -> list[str]:
     ]
 
 
+def from_scratch(given: argparse.Namespace, data: DataSpec, place: Callable[[str], Any]) -> None:
+    """Train a decoder with a dense table, with an adaptive input, and with an adaptive softmax too, each for as long,
+    and print what they foretell of the evaluation data."""
+    fields: dict[str, Any] = {"batch_size": 16, "validation": 0.01, "learning_rate": 3e-3}
+    config = DECODER | {"vocab_size": given.vocabulary}
+    start = dataclasses.replace(place("scratch"), model=ModelSpec(config=config))
+    if not (start.out / "config.json").exists():
+        import_model(spec=BaselineSpec(uses="model", id="baseline", model=ModelSpec(config=config)), ctx=start)
+    starts = {"dense": start.out}
+    for name in ("full", "adaptive"):
+        ctx = place(f"scratch-{name}")
+        plan = {"uses": "adaptive_input", "id": "a", "ratio": given.ratios[0], "method": "adaptive", "softmax": name}
+        adaptive_input(as_artifact(start.out), spec=AdaptiveInputSpec.model_validate(plan), ctx=ctx)
+        starts[f"adaptive input, {name} softmax"] = ctx.out
+
+    def train(name: str, source: Path, steps: int, why: str) -> tuple[float, Path]:
+        ctx = place(f"scratch-{why}-{name}".replace(" ", "-").replace(",", ""))
+        shutil.rmtree(ctx.checkpoints, ignore_errors=True)  # else it would go on from an earlier run
+        spec = FinetuneSpec(uses="finetune", id="t", max_steps=steps, eval_steps=max(steps // 4, 1), **fields)
+        began = time.perf_counter()
+        finetune(as_artifact(source), spec=spec, ctx=ctx)
+        return time.perf_counter() - began, ctx.out
+
+    encode(data, "train", "text-generation", start.out, given.work / "store")
+    paces: dict[str, list[float]] = {name: [] for name in starts}
+    for _ in range(2):  # in turns; what does not depend on the number of steps cancels out
+        for name, source in starts.items():
+            short, long = (train(name, source, steps, "pace")[0] for steps in (PACE, 3 * PACE))
+            paces[name].append(max((long - short) / (2 * PACE), 1e-3))
+    windows = encode(data, "eval", "text-generation", start.out, given.work / "store")
+    whole = np.flatnonzero(windows.lengths() == windows.length)
+    windows = windows.take(whole[np.linspace(0, len(whole) - 1, min(given.examples, len(whole))).astype(int)])
+    core = open_tokenizer(start.out).core
+    texts = [core.decode(row.tolist()) for row in np.asarray(windows.input_ids)]
+    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    print(
+        f"\n{given.vocabulary} tokens; {len(windows)} windows; every model trained for about {given.from_scratch} s\n"
+    )
+    print("| model | parameters | steps | s | steps/s | perplexity per token | per word | bits per byte |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for name, source in starts.items():
+        steps = max(int(given.from_scratch / min(paces[name])), 4)
+        spent, out = train(name, source, steps, "out")
+        network: Any = load(out)
+        lost = float(losses_of(network, windows)[0].sum())
+        token = np.exp(lost / (len(windows) * (windows.length - 1)))
+        print(
+            f"| {name} | {sum(one.numel() for one in network.parameters()) / 1e6:.2f} M | {steps} | {spent:.0f} | "
+            f"{1 / min(paces[name]):.2f} | {token:.1f} | {np.exp(lost / words):.0f} | {lost / np.log(2) / size:.3f} |",
+            flush=True,
+        )
+
+
 def draw(curves: dict[str, list[tuple[int, float]]], what: str, file: Path) -> None:
     """Change of quality against bytes, a line for every method."""
     import matplotlib
@@ -184,6 +276,10 @@ def main() -> None:
     parser.add_argument("--heal", type=int, default=300, help="optimiser steps of the healing")
     parser.add_argument("--examples", type=int, default=200, help="windows that judge; sentences: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 24, 32])
+    parser.add_argument(
+        "--from-scratch", type=float, help="seconds of training, dense and adaptive from random weights"
+    )
+    parser.add_argument("--vocabulary", type=int, default=16384, help="tokens of the model from random weights")
     given = parser.parse_args()
     task: Task = "text-classification" if given.model else "text-generation"
     model = ModelSpec(source=given.model) if given.model else ModelSpec(config=DECODER)
@@ -193,6 +289,9 @@ def main() -> None:
         ctx = context(given.work / name, task, data, model)
         return dataclasses.replace(ctx, store=given.work / "store")
 
+    if given.from_scratch:
+        from_scratch(given, data, place)
+        return
     trained = given.work / "trained" / "out"
     size = {"batch_size": 16, "validation": 0.01}
     rate = 1e-4 if given.model else 3e-3
@@ -231,6 +330,7 @@ def main() -> None:
             f"uniform int{bits}", rounding.rounded(weight, bits), rounding.bytes_of(len(weight), weight.shape[1], bits)
         )
     peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
+    peers["quotient-remainder hashing"] = hashed(weight, counts)
     training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1), "learning_rate": rate}
     for ratio in given.ratios:
         budget = int(whole_bytes / ratio)

@@ -118,6 +118,19 @@ def test_problems_of_a_step_stand_at_its_field_or_at_the_step(tmp_path: Path) ->
     assert placed(loaded, Problem("b: cannot", path)) == f"{tmp_path / 'spec.yaml'}:{line}:{column}: b: cannot"
 
 
+def test_sizes_that_a_step_before_may_change_are_no_problem_yet(tmp_path: Path) -> None:
+    steps = """\
+steps:
+  - {id: v, uses: prune, method: vocabulary}
+  - {id: behind, uses: adaptive_input, budget: 2 KiB}
+  - {id: alone, uses: adaptive_input, budget: 2 KiB, needs: baseline}
+"""
+    plan = make_plan(tiny(tmp_path, SPEC + steps), Home(tmp_path / "home"))
+    (problem,) = plan.problems
+    assert ": alone: budget 2.05 kB is smaller than" in problem
+    assert [text for text in plan.warnings if text.startswith("behind: budget 2.05 kB is smaller than")]
+
+
 def test_a_value_from_the_command_line_is_its_own_place(tmp_path: Path) -> None:
     override = "data.eval=none.csv"
     (problem,) = make_plan(tiny(tmp_path, SPEC + FORKED, (override,)), Home(tmp_path / "home")).problems

@@ -205,6 +205,42 @@ def test_what_does_not_fit_is_shown_at_its_place(case: str, tmp_path: Path) -> N
     assert remedy in found.remedy
 
 
+BANDS = "  - {id: bands, uses: adaptive_input, ratio: 8x}\n"
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ("{id: p, uses: prune, method: width, keep: 50%}", "prune makes the model anew in another shape"),
+        ("{id: p, uses: prune, method: vocabulary}", "put 'bands' behind it"),
+        ("{id: d, uses: distill, student: {layers: 1}, teacher: t}", "distill makes the model anew"),
+        ("{id: b, uses: adaptive_input, ratio: 9x}", "in bands already, by 'bands'"),
+    ],
+)
+def test_bands_are_not_followed_by_what_makes_the_model_anew(later: str, message: str, tmp_path: Path) -> None:
+    between = "  - {id: t, uses: finetune}\n"
+    (found,) = mistakes(tmp_path, HEAD + BANDS + between + f"  - {later}\n")
+    assert message in str(found)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        BANDS + "  - {id: p, uses: prune, sparsity: 50%}\n",
+        "  - {id: p, uses: prune, method: width, keep: 50%}\n" + BANDS,
+        BANDS + "  - {id: p, uses: prune, method: width, keep: 50%, needs: baseline}\n",
+        BANDS + "  - {id: d, uses: distill, config: {model_type: bert}, teacher: bands}\n"
+        "  - {id: p, uses: prune, method: width, keep: 50%}\n",
+        "  - {id: t, uses: finetune}\n" + BANDS + "  - {id: d, uses: distill, needs: t, teacher: bands}\n"
+        "  - {id: p, uses: prune, method: width, keep: 50%}\n",
+        "  - {id: bands, uses: adaptive_input, budget: 1 GiB, allow_noop: true}\n"
+        "  - {id: p, uses: prune, method: width, keep: 50%}\n",
+    ],
+)
+def test_bands_rule_out_nothing_else(steps: str, tmp_path: Path) -> None:
+    assert len(_graph(tmp_path, steps)) > 2
+
+
 def test_every_cycle_is_named_in_the_direction_of_the_artifacts(tmp_path: Path) -> None:
     steps = (
         "  - {id: a, uses: finetune, needs: c}\n  - {id: b, uses: finetune, needs: a}\n"

@@ -15,21 +15,25 @@ import torch
 from safetensors.torch import load_file
 
 from specs.schema.base import FieldError
+from specs.schema.pipeline import DataSpec, ModelSpec
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from specs.schema.steps.finetune import FinetuneSpec
+from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
 from tasks.adaptive_input.preflight import look
 from tasks.adaptive_input.table import tables
 from tasks.compress.calibrate import outputs
+from tasks.compress.prune import prune
 from tasks.compress.quantize import quantize, relative_error
 from tasks.context import StepError
 from tasks.data import encode
 from tasks.evaluate.footprint import of_model
 from tasks.finetune.finetune import finetune
+from tasks.look import look as plan
 from tasks.models import load as load_module
 from tasks.models.support import supports
-from tests.support import TASKS_OF, as_artifact, context, tiny_model
+from tests.support import TASKS_OF, as_artifact, context, tiny_model, write_jsonl
 
 
 def load(folder: Path) -> Any:
@@ -167,6 +171,52 @@ def test_factors_are_trained_from_scratch(request, tmp_path):
     torch.testing.assert_close(shares, torch.ones(1, 3))
 
 
+def test_an_adaptive_softmax_is_one_distribution_that_trains_and_writes(request, tmp_path):
+    tied, data = request.getfixturevalue("gpt2"), request.getfixturevalue("text_data")
+    ctx = context(tmp_path / "a", "text-generation", data)
+    spec = _spec(ratio=1.5, method="adaptive", softmax="adaptive", bits=None)
+    about = adaptive_input(as_artifact(tied), spec=spec, ctx=ctx).properties["adaptive_input"]
+    assert about["bytes"] <= about["budget"]
+    after = dataclasses.replace(context(tmp_path / "b", "text-generation", data), store=ctx.store)
+    training = FinetuneSpec(uses="finetune", id="t", max_steps=30, batch_size=16, learning_rate=1e-2, validation=0)
+    finetune(as_artifact(ctx.out), spec=training, ctx=after)
+    assert _loss(after.out, after) < _loss(ctx.out, ctx) - 1
+    network = load(after.out)
+    head = network.get_output_embeddings()
+    assert len(head.table.layout.bands) > 1
+    assert head.table is network.get_input_embeddings().table  # tied: nothing dense stands beside the factors
+    ids = torch.arange(320).view(10, 32)
+    with torch.inference_mode():
+        logs = network(input_ids=ids).logits
+        with head.passing():
+            hidden = network(input_ids=ids).logits
+        told = head.surprisal(hidden.flatten(0, 1), ids.flatten())
+        torch.testing.assert_close(logs.logsumexp(-1), torch.zeros(10, 32), atol=1e-5, rtol=0)
+        torch.testing.assert_close(told, -logs.gather(-1, ids[..., None]).flatten())
+        expected = _by_hand(head, hidden[0, 0])
+    torch.testing.assert_close(logs[0, 0], expected)
+    written = network.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
+    assert written[0, 4] == logs[0, 3].argmax()
+    both = network.generate(ids[:1, :4], max_new_tokens=6, num_beams=2, do_sample=True, top_p=0.9, temperature=0.8)
+    assert both.shape[1] > 4
+
+
+def _by_hand(head, x):
+    """The log-probability of every token behind ``x``, one after the other, from the definition."""
+    table = head.table
+    vectors, band = table.expanded(), table.band_of.long()
+    first = torch.cat([vectors[band == 0] @ x, head.others @ x])
+    logs = torch.empty(len(vectors))
+    for token in range(len(vectors)):
+        score = vectors[token] @ x
+        if band[token] == 0:
+            logs[token] = score - first.logsumexp(0)
+        else:
+            own = head.others[band[token] - 1] @ x - first.logsumexp(0)
+            logs[token] = own + score - (vectors[band == band[token]] @ x).logsumexp(0)
+    return logs
+
+
 def test_later_steps_keep_the_tables(request, tmp_path):
     ctx, _ = _run(request, tmp_path / "a", "gpt2", ratio="5x")
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", ctx.data), store=ctx.store)
@@ -183,6 +233,11 @@ def test_later_steps_keep_the_tables(request, tmp_path):
     assert len(tables(load(packed.out))) == len(tables(load(ctx.out)))
     with pytest.raises(StepError, match="in bands already"):
         adaptive_input(as_artifact(after.out), spec=_spec(ratio="5x"), ctx=packed)
+    # The plan refuses these, unless the step might have left the model as it was.
+    for fields in ({"method": "width", "keep": "50%"}, {"method": "depth", "keep": "50%"}, {"method": "vocabulary"}):
+        shape = PruneSpec.model_validate({"uses": "prune", "id": "p"} | fields)
+        with pytest.raises(StepError, match="put that step behind this one"):
+            prune(as_artifact(after.out), spec=shape, ctx=packed)
 
 
 def test_bad_budgets_are_refused_before_the_work(request, tmp_path):
@@ -226,6 +281,39 @@ def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("text", "filtered", "message"),
+    [
+        (
+            "\u200b\u2060",
+            {},
+            "data.train: the model's tokenizer makes no token, or unknown ones alone, of all its 12 texts",
+        ),
+        ("a film", {"min_tokens": 50}, "data.filter: it leaves nothing of the 12 records .*fewer than 50 tokens"),
+        ("a film", {}, None),
+    ],
+)
+def test_data_of_which_no_token_is_left_is_refused_in_the_plan(bert, tmp_path, text, filtered, message):
+    rows = [{"text": text, "label": "good" if number % 2 else "bad"} for number in range(12)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows)
+    model = shutil.copytree(bert, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    cleans = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+    tokenizer["normalizer"] = cleans | {"strip_accents": None}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = DataSpec.model_validate({"train": str(rows), "eval": str(rows), "max_length": 16, "filter": filtered})
+
+    def seen():
+        return plan(ModelSpec(source=str(model)), "text-classification", data, [_spec(ratio="4x")])
+
+    if message is None:
+        (said,) = seen()[1]
+        assert not [*said.problems, *said.sized]
+        return
+    with pytest.raises(StepError, match=message):
+        seen()
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({}, "the size is missing"),
@@ -235,6 +323,8 @@ def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
         ({"ratio": "2x", "bits": (4, 4)}, "names a width twice"),
         ({"ratio": "2x", "bits": (7,)}, "Input should be"),
         ({"ratio": "2x", "method": "adaptive"}, "bits does not go with method: adaptive"),
+        ({"ratio": "2x", "softmax": "adaptive"}, "write method: adaptive beside it"),
+        ({"ratio": "2x", "softmax": "adaptive", "method": "adaptive", "bits": None, "bands": 1}, "leave bands out"),
     ],
 )
 def test_specs_that_say_no_size_are_refused(fields, message):

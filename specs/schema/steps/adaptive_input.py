@@ -38,7 +38,11 @@ class AdaptiveInputSpec(StepSpec):
     """Make the embedding smaller by giving each token the precision that it needs. Tokens fall into bands by their
     information, each band gets a rank and bits for each of its directions, and the allocation that loses least within
     the budget is solved from error curves measured on the table, in which an error counts what it does to the model's
-    outputs. A tied output layer uses the same factors. The tokenizer stays as it is."""
+    outputs. A tied output layer uses the same factors. The tokenizer stays as it is. There is no hashing, which loses
+    many times as much of a trained table in as many bytes, and no level by token at run time, which takes longer than
+    reading the expanded row; both measured in the README."""
+
+    only: ClassVar[Mapping[str, tuple[Task, ...]]] = {"softmax": ("text-generation",)}
 
     uses: Literal["adaptive_input"]
     budget: Bytes | None = Field(
@@ -56,6 +60,11 @@ class AdaptiveInputSpec(StepSpec):
         default="banded",
         description="banded: factors in few bits, for a trained model; adaptive: factors in float32 that a later "
         "finetune trains, for one from random weights",
+    )
+    softmax: Literal["full", "adaptive"] = Field(
+        default="full",
+        description="with method: adaptive, how the output layer makes probabilities: over all tokens, or by bands "
+        "(adaptive), so that a training scores only the bands of the tokens that come next",
     )
     information: Literal["unigram", "contextual"] = Field(
         default="unigram",
@@ -94,6 +103,16 @@ class AdaptiveInputSpec(StepSpec):
     def gives(self, taken: tuple[Kind, ...]) -> Kind:
         return "model"
 
+    def forbids(self, later: StepSpec) -> str | None:
+        if isinstance(later, AdaptiveInputSpec):
+            return f"the tokens are in bands already, by {self.id!r}; leave one of the two adaptive_input steps out"
+        if later.rebuilds and not self.allow_noop:
+            return (
+                f"{later.uses} makes the model anew in another shape, and no configuration says the bands that "
+                f"{self.id!r} puts the tokens into; put {self.id!r} behind it"
+            )
+        return None
+
     def estimate(self, model: int) -> tuple[int, int]:
         # Beside the artifact checkpoints of the healing; in memory the curves' copies of the table.
         trained = 4 * model if self.heal is not None else 0
@@ -111,4 +130,10 @@ class AdaptiveInputSpec(StepSpec):
                 raise FieldError(
                     name, f"{name} does not go with method: adaptive, whose factors a finetune trains; leave it out"
                 )
+        if self.softmax == "adaptive":
+            if self.method != "adaptive":
+                raise FieldError("softmax", "softmax: adaptive is for training; write method: adaptive beside it")
+            if self.head == "leave" or self.bands == 1:
+                name = "head" if self.head == "leave" else "bands"
+                raise FieldError(name, f"softmax: adaptive is about bands of the output layer; leave {name} out")
         return self

@@ -187,6 +187,15 @@ class DistillSpec(StepSpec, TrainingSpec):
         return (*((("needs", name) for name in self.needs) if self.needs else (("needs", PREVIOUS),)), taught)
 
     @property
+    def rebuilds(self) -> bool:
+        return self.student is not None
+
+    def shaped_by(self, inputs: tuple[str, ...]) -> tuple[str, ...]:
+        if self.config is not None:
+            return ()
+        return inputs if self.student is not None else inputs[:-1]
+
+    @property
     def cached(self) -> bool:
         """Whether the teacher's outputs are kept on the disk."""
         return self.cache if self.cache is not None else self.hidden is None and self.relations is None

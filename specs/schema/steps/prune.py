@@ -177,6 +177,10 @@ class PruneSpec(StepSpec):
         """Whether the zeros come while ``recover`` trains."""
         return self.method == "movement" or self.schedule == "cubic"
 
+    @property
+    def rebuilds(self) -> bool:
+        return self.method in (*STRUCTURED, "vocabulary")
+
     def estimate(self, model: int) -> tuple[int, int]:
         trains = self.recover is not None
         return (5 if trains else 1) * model, (5 if trains else 2) * model + RUNTIME_BYTES
