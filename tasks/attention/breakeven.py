@@ -92,7 +92,8 @@ def draw(times: Mapping[str, Mapping[int, float]], marks: Sequence[int] = ()) ->
             axes.plot(list(found), [1e3 * value for value in found.values()], marker="o", markersize=4, label=name)
         for length in marks:
             axes.axvline(length, color="#8d8e8f", linewidth=1, linestyle="--")
-            axes.annotate(f"{length}", (length, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+            place = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(f"faster from {length} on", (length, 0), xycoords=("data", "axes fraction"), **place)
         axes.set(xscale="log", yscale="log", xlabel="length in tokens", ylabel="milliseconds of one call")
         lengths = sorted({length for found in times.values() for length in found})
         axes.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
