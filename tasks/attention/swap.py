@@ -211,6 +211,18 @@ def use(model: Any) -> None:
         raise StepError(f"{type(model).__name__} does not take another attention; take a model of another type")
 
 
+def without_dropout(config: Mapping[str, Any]) -> str | None:
+    """What a training with replaced attention leaves out of a model of this config; None where that is nothing."""
+    rates = [value for name, value in config.items() if "att" in name and "drop" in name]
+    most = max((rate for rate in rates if isinstance(rate, (int, float))), default=0)
+    if not most:
+        return None
+    return (
+        f"the model's attention dropout of {most:g} is not applied in replaced attentions: a training with them has "
+        "that much less regularisation; hold back validation data, and stop early"
+    )
+
+
 def counts(model: nn.Module) -> dict[str, int]:
     """How often each way was taken since the model was loaded, over all replaced attentions."""
     total: Counter[str] = Counter()
