@@ -282,6 +282,7 @@ def _row(record: RunRecord, name: str, status: RunStatus) -> StepRow:
         warnings=tuple(result.get("warnings", ())),
         error=end["error"],
         evaluation=Evaluation(Path(end["evaluation_path"]), end["evaluation"]) if end["evaluation"] else None,
+        folder=Path(end["path"]) if end.get("path") else None,
     )
 
 

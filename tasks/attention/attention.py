@@ -74,6 +74,9 @@ def look(spec: AttentionSpec, config: Mapping[str, Any], task: Task, max_length:
     warnings = [NO_EXPORT]
     if spec.method != "reformer" and kernel.compiler() is None:
         warnings.append(NO_COMPILER)
+    dropout = swap.without_dropout(config)
+    if spec.recover is not None and dropout is not None:
+        warnings.append(dropout)
     if max_length < SHORT:
         warnings.append(
             f"data.max_length is {max_length}, and replaced attention is faster only from about {SHORT} to 2048 tokens "
@@ -128,7 +131,8 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
         return _plain(network, modules, model, spec, ctx, earlier)
     wanted = _numbered(modules, spec)
     data = sample(model, spec.samples or SAMPLES, ctx)
-    few = data.take(slice(0, CHECKED_EXAMPLES))
+    judged = data.take(slice(len(data) // 2, None))  # the others fit the hashes
+    few = judged.take(judged.lengths().argsort(kind="stable")[::-1][:CHECKED_EXAMPLES])
     for module in modules.values():
         if hasattr(module, swap.LAYER):
             delattr(module, swap.LAYER)
@@ -142,7 +146,7 @@ def attention(model: Artifact, *, spec: AttentionSpec, ctx: StepContext) -> Step
         if spec.recover is not None:
             properties |= _recovered(network, model, spec, ctx)
     with ctx.exclusive():
-        properties["by_length"] = by_length(network, data)
+        properties["by_length"] = by_length(network, judged)
     longest = int(data.lengths().max())
     after = outputs(network, few)
     counted = swap.counts(network)

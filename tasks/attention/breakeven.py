@@ -83,20 +83,25 @@ def draw(times: Mapping[str, Mapping[int, float]], marks: Sequence[int] = ()) ->
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attention", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes: Any = figure.subplots()
         for name, found in times.items():
-            axes.plot(list(found), [1e3 * value for value in found.values()], marker="o", markersize=4, label=name)
+            lengths = sorted(found)
+            axes.plot(lengths, [1e3 * found[length] for length in lengths], marker="o", markersize=4, label=name)
         for length in marks:
             axes.axvline(length, color="#8d8e8f", linewidth=1, linestyle="--")
-            axes.annotate(f"{length}", (length, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+            place = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(f"faster from {length} on", (length, 0), xycoords=("data", "axes fraction"), **place)
         axes.set(xscale="log", yscale="log", xlabel="length in tokens", ylabel="milliseconds of one call")
         lengths = sorted({length for found in times.values() for length in found})
         axes.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(fontsize=8)
         return files_of(figure, "attention")

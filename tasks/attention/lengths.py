@@ -59,6 +59,8 @@ def by_length(network: nn.Module, data: Encoded) -> list[dict[str, float]]:
     with torch.no_grad():
         for share in _SHARES:
             length = longest // share
+            if length < 2:  # nothing to read, or no token to foretell
+                continue
             cut = [
                 {name: tensor[:, :length] for name, tensor in batch.items() if tensor.ndim == 2} for batch in batches
             ]

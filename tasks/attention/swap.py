@@ -102,14 +102,27 @@ def obstacle_of(module: nn.Module) -> str | None:
     """Why an attention cannot be replaced, as far as the module itself shows it; None where it can."""
     if hasattr(module, "has_relative_attention_bias") or hasattr(module, "relative_attention_num_buckets"):
         return "adds a bias of positions to its scores"
-    window = getattr(module, "sliding_window", None)
-    if isinstance(window, int) and window:
+    window = _window_of(module)
+    if window:
         return f"attends within a window of {window} tokens of its own"
     if getattr(module, "sinks", None) is not None:
         return "attends to sinks"
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "caps its scores"
     return None
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """The window of a module's own; some modules know it only by their model's config."""
+    if hasattr(module, "sliding_window"):
+        window: Any = module.sliding_window
+        return window if isinstance(window, int) else None
+    config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True) and isinstance(window, int)
+    if kinds and isinstance(number, int):
+        slides = slides and kinds[number] == "sliding_attention"
+    return window if slides else None
 
 
 @cache
@@ -135,10 +148,10 @@ def layer_class() -> type[nn.Module]:
                 self.register_buffer(name, torch.zeros(shape))
 
         def hashed(self) -> Hashed:
-            return Hashed(self.table, self.bias, self.spread, *(self._optional(name) for name in ("shift", "radius")))  # type: ignore[arg-type]
-
-        def _optional(self, name: str) -> Tensor | None:
-            return getattr(self, name, None)
+            """In float32, whatever the model was converted to."""
+            names = ("table", "bias", "spread", "shift", "radius")
+            found = {name: getattr(self, name).float() for name in names if hasattr(self, name)}
+            return Hashed(**found)
 
     return Swapped
 
@@ -196,6 +209,18 @@ def use(model: Any) -> None:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise StepError(f"{type(model).__name__} does not take another attention; take a model of another type")
+
+
+def without_dropout(config: Mapping[str, Any]) -> str | None:
+    """What a training with replaced attention leaves out of a model of this config; None where that is nothing."""
+    rates = [value for name, value in config.items() if "att" in name and "drop" in name]
+    most = max((rate for rate in rates if isinstance(rate, (int, float))), default=0)
+    if not most:
+        return None
+    return (
+        f"the model's attention dropout of {most:g} is not applied in replaced attentions: a training with them has "
+        "that much less regularisation; hold back validation data, and stop early"
+    )
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -297,7 +322,7 @@ def run(layer: Any, seen: Seen) -> Tensor:
     settings = layer.settings
     if settings["method"] == "reformer":
         return attend_in_chunks(
-            seen.query, seen.key, seen.value, layer.rotations, settings["chunk"], seen.mask, seen.scale
+            seen.query, seen.key, seen.value, layer.rotations.float(), settings["chunk"], seen.mask, seen.scale
         )
     return attend(call_of(layer, seen))[0]
 

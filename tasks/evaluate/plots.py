@@ -50,10 +50,25 @@ def plots(run: RunSummary) -> dict[str, bytes]:
     return found
 
 
+def of_steps(run: RunSummary) -> dict[str, tuple[str, bytes]]:
+    """What steps drew themselves: each plot's title and content, by the name that it has in the report.
+
+    A plot is an SVG with a PNG of the same name beside it; anything else in an artifact is no plot.
+    """
+    found: dict[str, tuple[str, bytes]] = {}
+    for step in run.steps:
+        for picture in sorted(step.folder.glob("*.svg")) if step.folder is not None else ():
+            if picture.with_suffix(".png").is_file():
+                title = f"{step.id}: {picture.stem.replace('_', ' ')}"
+                for path in (picture, picture.with_suffix(".png")):
+                    found[f"{step.id}_{path.name}"] = title, path.read_bytes()
+    return found
+
+
 def inline(svg: bytes, prefix: str) -> str:
     """An SVG for use inside a page: no header, no namespace, ids that no other plot has."""
     text = svg.decode()
-    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)

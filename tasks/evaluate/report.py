@@ -16,7 +16,7 @@ from tasks.evaluate.format import duration, figure, human, size
 from tasks.evaluate.gates import Verdict
 from tasks.evaluate.graph_svg import graph_svg
 from tasks.evaluate.outputs import Changes, Example
-from tasks.evaluate.plots import inline, plots
+from tasks.evaluate.plots import inline, of_steps, plots
 from tasks.evaluate.summary import (
     COLUMNS,
     RunSummary,
@@ -52,13 +52,14 @@ def build_report(run: RunSummary, out: Path) -> dict[str, Path]:
     Returns:
         the files by name.
     """
-    drawn = plots(run)
+    drawn = {name: (f"{run.headline} {_TITLES[Path(name).stem]}", content) for name, content in plots(run).items()}
+    drawn |= of_steps(run)
     files: dict[str, bytes] = {
-        "report.md": markdown(run, tuple(name for name in drawn if name.endswith(".png"))).encode(),
+        "report.md": markdown(run, {name: drawn[name][0] for name in drawn if name.endswith(".png")}).encode(),
         "report.html": html(run, drawn).encode(),
         "report.csv": table_csv(run).encode(),
         "report.json": (json.dumps(as_json(run), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(),
-        **drawn,
+        **{name: content for name, (_, content) in drawn.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -121,8 +122,8 @@ def table_csv(run: RunSummary) -> str:
     return buffer.getvalue()
 
 
-def markdown(run: RunSummary, pictures: tuple[str, ...] = ()) -> str:
-    """The report for a reader of plain text or a pull request."""
+def markdown(run: RunSummary, pictures: Mapping[str, str] | None = None) -> str:
+    """The report for a reader of plain text or a pull request; ``pictures`` are titles by file name."""
     lines = [f"# {_md(run.name)}: {run.status}", ""]
     lines += [f"{run.task} · run `{run.run_id}` · {run.started} · {duration(run.seconds)}", ""]
     if run.verdicts:
@@ -140,9 +141,8 @@ def markdown(run: RunSummary, pictures: tuple[str, ...] = ()) -> str:
         lines += ["", "## Worth knowing", ""]
         lines += [f"- **{ids}**: {_md(text)}" for ids, text in found]
     lines += _examples(run)
-    for name in pictures:
-        stem = Path(name).stem
-        lines += ["", f"![{run.headline} {_TITLES[stem]}]({name})"]
+    for name, title in (pictures or {}).items():
+        lines += ["", f"![{_md(title)}]({name})"]
     lines += ["", "## Where and how", ""]
     lines += [f"- MLflow: {run.mlflow}"] if run.mlflow else []
     lines += [f"- {name}: {_md(value)}" for name, value in run.environment.items()]
@@ -188,12 +188,12 @@ def _texts(example: Example) -> dict[str, str]:
     return {name: text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…" for name, text in texts.items()}
 
 
-def html(run: RunSummary, drawn: Mapping[str, bytes]) -> str:
+def html(run: RunSummary, drawn: Mapping[str, tuple[str, bytes]]) -> str:
     """The report as one page that needs nothing else.
 
     Args:
         run: what is reported.
-        drawn: the plots by file name; the SVGs are put into the page.
+        drawn: title and content of the plots by file name; the SVGs are put into the page.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -203,8 +203,8 @@ def html(run: RunSummary, drawn: Mapping[str, bytes]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     examples = changes(run)
     pictures = [
-        (f"{run.headline} {_TITLES[Path(name).stem]}", Markup(inline(content, Path(name).stem)))
-        for name, content in drawn.items()
+        (title, Markup(inline(content, Path(name).stem)))
+        for name, (title, content) in drawn.items()
         if name.endswith(".svg")
     ]
     return page.from_string(PAGE).render(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from specs.schema.base import BASELINE, Task
@@ -33,6 +34,7 @@ class StepRow:
         warnings: what the user should know.
         error: why it failed.
         evaluation: None where it was not evaluated.
+        folder: of its artifact, whose plots are shown; None where it has none.
     """
 
     id: str
@@ -45,6 +47,7 @@ class StepRow:
     warnings: tuple[str, ...] = ()
     error: str | None = None
     evaluation: Evaluation | None = None
+    folder: Path | None = None
 
     def entry(self, metric: str) -> Mapping[str, Any]:
         """``value``, ``low`` and ``high`` of a metric, each None where there is none."""

@@ -128,7 +128,7 @@ PAGE = """\
 
 {% if plots %}
 <section>
-<h2>Quality against cost</h2>
+<h2>Plots</h2>
 <div class="plots">
 {% for title, svg in plots %}
 <figure><figcaption>{{ title }}</figcaption>{{ svg }}</figure>

@@ -1,13 +1,17 @@
 """Time of attention against its length, the error beside every time, in one run.
 
-    python -m tests.bench.attention --work FOLDER [--peers FOLDER] [--model FOLDER --text FILE]
+    python -m tests.bench.attention --work FOLDER [--peers FOLDER]
+    python -m tests.bench.attention --work FOLDER --model FOLDER --text FILE [--layers 0 3]
+    python -m tests.bench.attention --work FOLDER --memory
 
 Heads 8, width 64, one sequence, ``--threads`` threads; medians, exact attention (SDPA) and its replacements in turn.
 The data:
 
 - clustered: keys and queries lie about the same centres, as many as there are buckets, which is favourable; the hash is
   fitted on another draw.
-- captured: queries, keys and values of a trained decoder (``--model``) on a text; the hash is fitted on the next part.
+- captured: queries, keys and values of a trained model (``--model``, any folder that a step could take: a decoder
+  trained at such lengths or with RoPE, or an encoder) on windows of a text. Each attention gets the parameters that the
+  step's calibration chooses under ``--captured-bound``, from windows that it is not judged on, or is refused.
 - gaussian: nothing is near anything. The audit must find that out and compute exactly.
 
 ``lsh`` looks into as few buckets as keep the bound of the table (``--bound``), else into the most tried. With
@@ -20,26 +24,31 @@ are its keys, so that its error is that against exact attention of the same kind
 from __future__ import annotations
 
 import argparse
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from tasks.attention import breakeven, swap
+from specs.schema.steps.attention import AttentionSpec
+from tasks.attention import breakeven, kernel, swap
+from tasks.attention.calibrate import choose
 from tasks.attention.chunked import attend_in_chunks, draw_rotations
 from tasks.attention.hashing import fit
 from tasks.attention.lsh import Call, Hashed, attend
 from tasks.attention.swap import Seen
+from tasks.memory import peak
 
 HEADS, WIDTH = 8, 64
+WINDOWS = 4
 PROBES = (1, 2, 4, 8, 16)
 NOISE = 0.3
 
@@ -74,19 +83,84 @@ def gaussian(length: int) -> Given:
     return Given(query, key, value, torch.randn(HEADS, 8192, WIDTH, generator=generator))
 
 
-def captured(model: Path, text: Path, length: int) -> list[Given]:
-    """What each attention of a model is given on a text that has ``2 · length`` tokens or more."""
+def captured(model: Path, text: Path, length: int, layers: Sequence[int] | None) -> dict[str, list[Seen]]:
+    """What each attention of a model is given on four windows of ``length`` tokens of a text, which is repeated where
+    it is too short; two of them are to fit the hash, two to judge. Keys are as the model rotates them (RoPE)."""
     from tasks.models import load, load_tokenizer
 
     network: Any = load(model)
-    ids = torch.tensor(load_tokenizer(model)(text.read_text(encoding="utf-8")[: 12 * length])["input_ids"])
-    calls: list[list[Seen]] = []
-    with torch.no_grad():
-        for part in (ids[length : 2 * length], ids[:length]):
-            calls.append([])
-            with swap.watched(network, calls[-1].append):
-                network(part[None])
-    return [Given(one.query, one.key, one.value, other.key[0]) for one, other in zip(calls[1], calls[0], strict=True)]
+    written = text.read_text(encoding="utf-8")[: 8 * WINDOWS * length]
+    ids = torch.tensor(load_tokenizer(model)(written)["input_ids"])
+    ids = ids.repeat(-(-WINDOWS * length // len(ids)))[: WINDOWS * length]
+    modules = swap.dispatching(network)
+    kept = {name: module for at, (name, module) in enumerate(modules.items()) if layers is None or at in layers}
+    names = {module: name for name, module in kept.items()}
+    calls: dict[str, list[Seen]] = {name: [] for name in kept}
+
+    def see(seen: Seen) -> None:
+        if seen.module in names:
+            calls[names[seen.module]].append(seen)
+
+    with swap.watched(network, see):
+        for window in ids.split(length):
+            getattr(network, "base_model", network)(window[None])
+    return calls
+
+
+def chosen(calls: Sequence[Seen], bound: float, repeats: int) -> tuple[str, float | None, float]:
+    """The cell of a table on one attention, milliseconds and error of what calibration chooses, its gain against SDPA,
+    None where the bound is not kept, and the seconds of SDPA."""
+    why = next((seen.obstacle for seen in calls if seen.obstacle), None) or swap.obstacle_of(calls[0].module)
+    spec = AttentionSpec(uses="attention", id="bench")
+    found = None if why else choose(spec, calls, bound, torch.Generator().manual_seed(0))
+    seen = calls[-1]
+    ways: dict[str, Callable[[], Tensor]] = {"exact": seen.exact}
+    if found is not None and found.error <= bound:
+        module = torch.nn.Module()
+        swap.put(module, {name: value for name, value in found.settings.items() if name != "shapes"}, found.tensors)
+        ways["lsh"] = lambda: swap.run(module.attention_swap, seen)
+    seconds = {name: statistics.median(times) for name, times in in_turn(ways, repeats).items()}
+    if found is None:
+        return f"refused: {why}", None, seconds["exact"]
+    form = f"{found.settings['probes']} of {found.tensors['table'].shape[1]} buckets"
+    if "lsh" not in seconds:
+        return f"refused: {found.error:.1%} at best ({form})", None, seconds["exact"]
+    return (
+        f"{1e3 * seconds['lsh']:.1f} ms, {form}, {found.error:.2%}",
+        seconds["exact"] / seconds["lsh"],
+        seconds["exact"],
+    )
+
+
+def on_model(given: argparse.Namespace, lines: dict[str, dict[int, float]]) -> None:
+    """Print the table of what was captured from a model; the times of what keeps the bound go into ``lines``."""
+    print(f"\ncaptured, error at most {given.captured_bound:.0%}\n")
+    print("| length | attention | SDPA | lsh | against SDPA |\n| --- | --- | --- | --- | --- |")
+    for length in given.lengths:
+        try:
+            taken = captured(given.model, given.text, length, given.layers)
+        except IndexError as error:
+            print(f"| {length} | | | the model does not read so many tokens: {error} | |", flush=True)
+            return
+        for name, calls in taken.items():
+            cell, gain, exact = chosen(calls, given.captured_bound, given.repeats)
+            faster = "" if gain is None else f"{gain:.2f}x"
+            print(f"| {length} | {name} | {1e3 * exact:.1f} ms | {cell} | {faster} |", flush=True)
+            if gain is not None:
+                lines.setdefault(f"exact, {name}", {})[length] = exact
+                lines.setdefault(f"lsh, {name}", {})[length] = exact / gain
+
+
+def in_turn(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, one call after the other; what has taken 40 s is not called again."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            if sum(seconds[name]) < 40:
+                started = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -135,15 +209,8 @@ def rows(given: Given, causal: bool, buckets: int, bound: float, peers: bool, re
             name = f"reformer-pytorch, {hashes} rounds"
             ways[name] = lambda hashes=hashes: _peer(given, causal, hashes)
             references[name] = _shared(given, causal)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     errors = {name: far(way(), references[name]) for name, way in ways.items()}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            if sum(seconds[name]) < 40:
-                started = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    medians = {name: statistics.median(found) for name, found in in_turn(ways, repeats).items()}
     base = medians["exact (SDPA)"]
     return [Row(length, name, found, base / found, errors[name]) for name, found in medians.items()]
 
@@ -200,48 +267,48 @@ def audited(length: int, buckets: int) -> str:
     )
 
 
+WAYS = ("lsh", "flash", "math")
+"""Buckets, and torch's two ways to compute exact attention: in blocks, and with all scores kept."""
+
+
 def training_peak(way: str, length: int) -> None:
     """Print by how many MB a forward and a backward pass of causal attention raise the memory of this process."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     buckets = 64
     given = clustered(length, buckets)
     query, key, value = (tensor.requires_grad_() for tensor in (given.query, given.key, given.value))
     table = given.others[:, :buckets].detach().clone()  # a fit would raise the peak before the clock starts
     hashed = Hashed(table, -table.pow(2).sum(-1) / 2, torch.zeros(HEADS, buckets))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call = Call(query, key, value, hashed, window=128, causal=True, scale=WIDTH**-0.5)
+    kernel.library()  # built and loaded before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew from what is resident
+    before = peak()
     with torch.enable_grad():
         if way == "lsh":
-            call = Call(query, key, value, hashed, window=128, causal=True, scale=WIDTH**-0.5)
             out = attend(call)[0]
         else:
-            scores = (query @ key.transpose(2, 3) * WIDTH**-0.5).masked_fill(
-                torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
-            )
-            out = scores.softmax(-1) @ value
+            with sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}[way]):
+                out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         out.sum().backward()
-    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(round((peak() - before) / 2**20))
 
 
 def memory(lengths: Sequence[int]) -> str:
-    """A table of ``training_peak``, each in a process of its own; exact attention by its definition up to 4096."""
-    lines = ["| length | lsh | exact, all scores kept |", "| --- | --- | --- |"]
+    """A table of ``training_peak``, each in a process of its own; "-" where the scores alone would take more than half
+    of what memory is free."""
+    lines = [f"| length | {' | '.join(WAYS)} |", "| --- | --- | --- | --- |"]
+    module = (sys.executable, "-m", "tests.bench.attention", "--work", ".")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back, not used anew unseen
     for length in lengths:
         cells = []
-        for way in ("lsh", "exact"):
-            if way == "exact" and length > 4096:
-                cells.append("")
+        for way in WAYS:
+            if way == "math" and 3 * 4 * HEADS * length**2 > psutil.virtual_memory().available / 2:
+                cells.append("-")
                 continue
-            command = [
-                sys.executable,
-                "-m",
-                "tests.bench.attention",
-                "--work",
-                ".",
-                "--peak",
-                way,
-                "--lengths",
-                str(length),
-            ]
-            cells.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() + " MB")
+            command = [*module, "--peak", way, "--lengths", str(length)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            cells.append(f"{done.stdout.strip()} MB")
         lines.append(f"| {length} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -265,20 +332,28 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=0.01)
     parser.add_argument("--causal-bound", type=float, default=0.02)
     parser.add_argument("--peers", type=Path)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--captured-bound", type=float, default=0.05)
+    parser.add_argument("--model", type=Path, help="only what is captured from this model on the text --text")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--peak", choices=["lsh", "exact"], help="for a process that ``memory`` starts")
+    parser.add_argument("--layers", type=int, nargs="+", help="numbers of attentions; default: all")
+    parser.add_argument("--memory", action="store_true", help="only the memory of a training step, no times")
+    parser.add_argument("--peak", choices=WAYS, help="for a process that ``memory`` starts")
     given = parser.parse_args()
+    if (given.model is None) != (given.text is None):
+        parser.error("--model and --text go together")
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     if given.peak is not None:
         training_peak(given.peak, given.lengths[0])
         return
+    if given.memory:
+        print(memory(given.lengths))
+        return
     torch.set_grad_enabled(False)
     if given.peers is not None:
         sys.path.insert(0, str(given.peers))
     lines: dict[str, dict[int, float]] = {}
-    for causal in (False, True):
+    for causal in () if given.model is not None else (False, True):
         found: list[Row] = []
         for length in given.lengths:
             buckets = max(64, round(64 * (length / 4096) ** 0.5 / 16) * 16)
@@ -290,19 +365,13 @@ def main() -> None:
         for row in found:
             name = f"{row.method.split(',')[0]}{', causal' if causal else ''}"
             lines.setdefault(name, {}).setdefault(row.length, row.seconds)
-    print("\ngaussian\n\n| length | a call | heads computed anew | error | error without the audit |")
-    print("| --- | --- | --- | --- | --- |")
-    for length in given.lengths[:3]:
-        print(audited(length, 64), flush=True)
-    print(f"\nmemory of a training step\n\n{memory(given.lengths)}", flush=True)
+    if given.model is None:
+        print("\ngaussian\n\n| length | a call | heads computed anew | error | error without the audit |")
+        print("| --- | --- | --- | --- | --- |")
+        for length in given.lengths[:3]:
+            print(audited(length, 64), flush=True)
     if given.model is not None:
-        for length in given.lengths:
-            taken = captured(given.model, given.text, length)
-            for number, part in enumerate(taken):
-                print(
-                    f"\ncaptured, attention {number}\n\n{table(rows(part, True, 64, 0.05, False, given.repeats))}",
-                    flush=True,
-                )
+        on_model(given, lines)
     for name, content in breakeven.draw(lines).items():
         (given.work / name).write_bytes(content)
 

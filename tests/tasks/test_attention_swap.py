@@ -14,7 +14,7 @@ from specs.schema.pipeline import PipelineSpec
 from specs.schema.steps.attention import AttentionSpec
 from specs.schema.steps.finetune import FinetuneSpec, TrainingSpec
 from specs.schema.steps.quantize import QuantizeSpec
-from tasks.attention import breakeven, swap
+from tasks.attention import breakeven, kernel, swap
 from tasks.attention.attention import attention, look, refuses
 from tasks.attention.hashing import fit
 from tasks.compress.quantize import quantize
@@ -160,6 +160,16 @@ def test_a_sliding_window_of_the_models_own_is_left_alone():
         after = _swap(model, probes=1)(_tokens()).logits
     assert torch.allclose(before, after, atol=1e-5)
     assert swap.counts(model) == {"exact: a mask of its own": 2}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_model_converted_to_bf16_computes_what_it_did(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(kernel, "usable", lambda call: False)
+    plain, model = (network.to(torch.bfloat16) for network in (tiny.network("llama"), _swap(tiny.network("llama"))))
+    with torch.no_grad():
+        assert torch.allclose(model(_tokens()).logits, plain(_tokens()).logits, atol=0.02)
+    assert swap.counts(model) == {"lsh": 2}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -327,9 +337,22 @@ def test_the_plan_says_what_cannot_be_and_what_is_not_gained(llama, t5):
     bloom = {"model_type": "bloom", "hidden_size": 32, "n_head": 4, "n_layer": 1, "vocab_size": 64}
     assert "transformers' attention interface" in look(_spec(), bloom, "text-generation", 64)[0][0]
     assert "adds a bias of positions" in look(_spec(), _config(t5), "translation", 64)[0][0]
+    mistral = {**_config(llama), "model_type": "mistral", "sliding_window": 5}
+    assert "a window of 5 tokens of its own" in look(_spec(), mistral, "text-generation", 64)[0][0]
+    assert look(_spec(), {**mistral, "sliding_window": None}, "text-generation", 64)[0] == []
     assert "2 attentions, 0 to 1, and no 7" in look(_spec(layers=[7]), _config(llama), "text-generation", 64)[0][0]
     assert "depends on later tokens" in str(refuses(_spec(method="reformer"), "decoder", "text-generation"))
     assert refuses(_spec(method="reformer"), "encoder", "text-classification") is None
+
+
+def test_what_a_training_leaves_out_is_said(llama):
+    config = {**_config(llama), "attention_dropout": 0.2}
+    recovered, plain = (
+        look(_spec(**fields), config, "text-generation", 4096)[1] for fields in ({"recover": {"max_steps": 2}}, {})
+    )
+    assert any("attention dropout of 0.2 is not applied" in warning for warning in recovered)
+    assert not any("dropout" in warning for warning in plain)
+    assert swap.without_dropout({"attention_dropout": 0.0, "hidden_dropout_prob": 0.1}) is None
 
 
 def test_the_plan_says_where_nothing_can_be_compiled(monkeypatch, llama):
