@@ -122,13 +122,13 @@ def test_sizes_that_a_step_before_may_change_are_no_problem_yet(tmp_path: Path) 
     steps = """\
 steps:
   - {id: v, uses: prune, method: vocabulary}
-  - {id: behind, uses: adaptive_input, budget: 2 KiB}
-  - {id: alone, uses: adaptive_input, budget: 2 KiB, needs: baseline}
+  - {id: behind, uses: adaptive_input, budget: 1 KiB}
+  - {id: alone, uses: adaptive_input, budget: 1 KiB, needs: baseline}
 """
     plan = make_plan(tiny(tmp_path, SPEC + steps), Home(tmp_path / "home"))
     (problem,) = plan.problems
-    assert ": alone: budget 2.05 kB is smaller than" in problem
-    assert [text for text in plan.warnings if text.startswith("behind: budget 2.05 kB is smaller than")]
+    assert ": alone: budget 1.02 kB is smaller than" in problem
+    assert [text for text in plan.warnings if text.startswith("behind: budget 1.02 kB is smaller than")]
 
 
 def test_a_value_from_the_command_line_is_its_own_place(tmp_path: Path) -> None:
