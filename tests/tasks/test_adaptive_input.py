@@ -426,12 +426,12 @@ def test_a_table_for_other_modules_than_there_are_is_refused(damaged):
 
     with pytest.raises(StepError, match="is 320 x 32, its bands 10000000000320 x 32; make the artifact again"):
         damaged(grow)
-    with pytest.raises(StepError, match="does not fit the model.*make the artifact again"):
+    with pytest.raises(StepError, match=r"does not fit the model.*make the artifact again"):
         damaged(lambda table: table["embeddings"].update({"transformer.nothing": 1.0}))
 
 
 def test_damaged_tensors_of_a_table_are_refused(damaged):
-    with pytest.raises(StepError, match="do not fit.*index gives the bands other tokens"):
+    with pytest.raises(StepError, match=r"do not fit.*index gives the bands other tokens"):
         damaged(tensors=lambda state: state["index"].add_(1))
-    with pytest.raises(StepError, match="do not fit.*mean0_half holds values that are not finite"):
+    with pytest.raises(StepError, match=r"do not fit.*mean0_half holds values that are not finite"):
         damaged(tensors=lambda state: state["mean0_half"].fill_(float("nan")))
