@@ -248,7 +248,8 @@ class Curves:
         """The rows and weights of a run, and the mean as it will be stored."""
         start, end = self.borders[run[0]], self.borders[run[1]]
         rows, weights = self.table[start:end], self.weights[start:end]
-        total = sum(w @ part.double() for w, part in zip(weights.split(_ROWS), rows.split(_ROWS), strict=True))
+        parts = zip(weights.split(_ROWS), rows.split(_ROWS), strict=True)
+        total = sum((counted @ part.double() for counted, part in parts), weights.new_zeros(self.width))
         mean = (total / weights.sum() * self.centred).half().float()
         return rows, weights, mean
 
