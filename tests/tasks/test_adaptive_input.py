@@ -270,6 +270,20 @@ def test_audio_and_models_that_foretell_nothing_are_refused():
     assert supports(spec, "decoder", "text-generation") is None
 
 
+def test_the_scores_of_a_large_vocabulary_are_computed_a_few_at_a_time(request, tmp_path, monkeypatch):
+    from tasks.adaptive_input import information
+
+    network, shapes = load(request.getfixturevalue("gpt2")), []
+    ctx = context(tmp_path, "text-generation", request.getfixturevalue("text_data"))
+    data = _examples(ctx, request.getfixturevalue("gpt2"))
+    whole = information.surprise(network, data, 320)
+    network.get_output_embeddings().register_forward_hook(lambda module, given, out: shapes.append(len(out)))
+    monkeypatch.setattr(information, "_SCORES", 2 * data.length * 320)
+    for found, wanted in zip(information.surprise(network, data, 320), whole, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert shapes == [2, 2]
+
+
 def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
     from tasks.adaptive_input import information
 
