@@ -28,6 +28,9 @@ _SMALLEST = 16
 _ROUNDS = 2
 """How often rows and projection are fitted to each other as they will be stored."""
 
+_ROWS = 32768
+"""Rows that are in float64 at a time: a whole large vocabulary would take several times the table."""
+
 _STEP = 1.06
 """By how much the bits of a token grow at least from one profile of bits to the next that is tried."""
 
@@ -218,15 +221,16 @@ class Curves:
         for _ in range(_ROUNDS):
             stored = rounded_projection(basis, band)
             reached = (stored @ self.measure.half).T.double()
-            placed = torch.linalg.lstsq(reached, seen.T.double()).solution.T.float()
+            placed = torch.cat(
+                [torch.linalg.lstsq(reached, part.T.double()).solution.T.float() for part in seen.split(_ROWS)]
+            )
             kept = rounded_rows(placed, band)
             lost = float((weights * self._squared(kept @ stored - rows)).sum())
             if best is None or lost < best[0]:
                 best = lost, placed, basis
-            heavy = kept.double() * weights[:, None]
-            square = heavy.T @ kept.double()
+            square, wanted = _products(kept, kept, weights), _products(kept, rows, weights)
             square += torch.eye(band.rank, dtype=torch.float64) * (1e-6 * float(square.trace()) / band.rank + 1e-30)
-            basis = torch.linalg.solve(square, heavy.T @ rows.double()).float()
+            basis = torch.linalg.solve(square, wanted).float()
         assert best is not None
         return best[1], best[2], mean
 
@@ -236,13 +240,17 @@ class Curves:
 
     def _squared(self, difference: Tensor) -> Tensor:
         """What each row of a difference counts, float64 [N]."""
-        return (difference @ self.measure.half).double().square().sum(1)
+        import torch
+
+        return torch.cat([(part @ self.measure.half).double().square().sum(1) for part in difference.split(_ROWS)])
 
     def _part(self, run: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """The rows and weights of a run, and the mean as it will be stored."""
         start, end = self.borders[run[0]], self.borders[run[1]]
         rows, weights = self.table[start:end], self.weights[start:end]
-        mean = (weights @ rows.double() / weights.sum() * self.centred).half().float()
+        parts = zip(weights.split(_ROWS), rows.split(_ROWS), strict=True)
+        total = sum((counted @ part.double() for counted, part in parts), weights.new_zeros(self.width))
+        mean = (total / weights.sum() * self.centred).half().float()
         return rows, weights, mean
 
 
@@ -250,9 +258,18 @@ def _principal(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Energies by falling size [D], and the directions as columns [D, D], of weighted rows."""
     import torch
 
-    heavy = rows.double() * weights[:, None]
-    values, vectors = torch.linalg.eigh(heavy.T @ rows.double())
+    values, vectors = torch.linalg.eigh(_products(rows, rows, weights))
     return values.flip(0).clamp_min(0), vectors.flip(1).float()
+
+
+def _products(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+    """``leftᵀ diag(weights) right`` in float64, of [N, A], [N, B] and [N], [A, B]."""
+    import torch
+
+    found = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for one, other, counted in zip(*(given.split(_ROWS) for given in (left, right, weights)), strict=True):
+        found += (one.double() * counted[:, None]).T @ other.double()
+    return found
 
 
 def rounded_rows(rows: Tensor, band: Band) -> Tensor:

@@ -19,6 +19,9 @@ RARE = 0.1
 SURPRISED = 256
 """Training examples on which the surprisal of tokens is measured."""
 
+_SCORES = 2**26
+"""Scores of tokens that are computed at a time, about."""
+
 _PRIOR = 8.0
 """Occurrences at which a token's own mean surprisal counts as much as its self-information."""
 
@@ -109,8 +112,9 @@ def surprise(
 
     total, seen = np.zeros(rows), np.zeros(rows)
     with torch.inference_mode():
-        for at in range(0, len(data), 8):
-            part = data.take(slice(at, at + 8))
+        together = min(max(_SCORES // (data.length * rows), 1), 8)
+        for at in range(0, len(data), together):
+            part = data.take(slice(at, at + together))
             ids, mask = (torch.from_numpy(np.array(one, np.int64)) for one in (part.input_ids, part.attention_mask))
             logs = network(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
             bits = -logs.gather(-1, ids[:, 1:, None])[..., 0] / np.log(2)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.adaptive_input.rounding import FLOAT, bytes_of
+from tasks.adaptive_input.rounding import BITS, FLOAT, bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,11 @@ class Layout:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Layout:
-        """The layout of a ``record``."""
+        """The layout of a ``record``.
+
+        Raises:
+            ValueError: no table is like that.
+        """
         bands = [
             Band(
                 int(band["count"]),
@@ -103,7 +107,24 @@ class Layout:
             )
             for band in record["bands"]
         ]
-        return cls(int(record["rows"]), int(record["width"]), tuple(bands))
+        found = cls(int(record["rows"]), int(record["width"]), tuple(bands))
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        if not 1 <= len(self.bands) <= MOST_BANDS:
+            raise ValueError(f"a table has 1 to {MOST_BANDS} bands and not {len(self.bands)}")
+        for number, band in enumerate(self.bands):
+            each = [bits for bits, _ in band.levels]
+            if band.count < 1 or not each or min(columns for _, columns in band.levels) < 1:
+                raise ValueError(f"band {number} has no tokens, or no columns")
+            if not set(each) <= {FLOAT, *BITS} or each != sorted(set(each), reverse=True):
+                raise ValueError(f"band {number} has the bits {each}")
+            alone = len(each) == 1 and (band.projected or band.rank == self.width)
+            if band.rank > self.width or not (alone or (band.projected and band.most < 16)):
+                raise ValueError(f"band {number} has {band.rank} columns of {each} bits, the table {self.width}")
+        if sum(band.count for band in self.bands) != self.rows:
+            raise ValueError(f"the bands have {sum(band.count for band in self.bands)} tokens, the table {self.rows}")
 
 
 def index_bytes(rows: int) -> int:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+LONGEST = 2.0**14
+"""The longest vector of a token: scales and means are float16, and a scale may be four times as large."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A table of tokens in a model.
@@ -34,7 +38,8 @@ def places(network: Any) -> tuple[list[Place], dict[str, str]]:
     """The tables of tokens, the input's first, and the modules that cannot be replaced with the reason.
 
     Raises:
-        StepError: the model has none, has them in bands already, or looks them up in a way of its own.
+        StepError: the model has none, has them in bands already, looks them up in a way of its own, has tables of
+            several vocabularies, or vectors that float16 cannot hold.
     """
     from torch import nn
 
@@ -70,7 +75,25 @@ def places(network: Any) -> tuple[list[Place], dict[str, str]]:
             "quantize or prune"
         )
     order = sorted(found, key=lambda owner: not found[owner][1])
+    _check({owner: found[owner][0].detach() for owner in order})
     return [Place(owner, found[owner][0].detach(), *found[owner][1:]) for owner in order], left
+
+
+def _check(tables: Mapping[str, Tensor]) -> None:
+    """Refuse tables of several vocabularies, and one that float16, which scales and means are, cannot say."""
+    (first, one), *_ = tables.items()
+    for name, weight in tables.items():
+        if len(weight) != len(one):
+            raise StepError(
+                f"{first} has {len(one)} tokens and {name} {len(weight)}: two vocabularies, of which the training data "
+                "does not tell which a token is of; use quantize"
+            )
+        longest = float(weight.float().norm(dim=1).amax())
+        if longest > LONGEST:
+            raise StepError(
+                f"{name} has a vector of length {longest:.3g}, and bands hold vectors of up to {LONGEST:g}; take a "
+                "model from before its training broke"
+            )
 
 
 def _token_tables(network: Any, named: Mapping[str, nn.Module]) -> set[str]:

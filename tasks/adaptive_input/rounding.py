@@ -40,7 +40,7 @@ def scales_of(rows: Tensor, bits: int | Sequence[int]) -> Tensor:
 
     rows, top = rows.float(), _top(rows, bits)
     each = [bits] * len(rows) if isinstance(bits, int) else bits
-    spread = rows.square().mean(1).sqrt() * torch.tensor([_GAUSSIAN[one] for one in each])
+    spread = rows.square().mean(1).sqrt() * torch.tensor([_GAUSSIAN[one] for one in each], device=rows.device)
     best = rows.abs().amax(1) / (top[:, 0] / 2)
     least = _error(rows, best, top)
     for share in _TRIED:
@@ -77,18 +77,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     import torch
     from torch.nn.functional import pad
 
-    stream = ((codes[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(1)
+    if bits == 8:
+        return codes
+    one = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    stream = ((codes[..., None] >> one[:bits]) & 1).flatten(1)
     stream = pad(stream, (0, -stream.shape[1] % 8)).view(len(codes), -1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (stream << one).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
     """The codes of ``pack``, uint8 [N, columns]."""
     import torch
 
-    eight = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed[..., None] >> eight) & 1).flatten(1)[:, : columns * bits].view(len(packed), columns, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
+    if bits == 8:
+        return packed
+    one = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed[..., None] >> one) & 1).flatten(1)[:, : columns * bits].view(len(packed), columns, bits)
+    return (stream << one[:bits]).sum(-1, dtype=torch.uint8)
 
 
 def pack_levels(codes: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:

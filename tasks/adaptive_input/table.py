@@ -12,7 +12,7 @@ goes through the factors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -135,18 +135,26 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Replace embeddings and output layers by ones whose tensors are to be loaded.
 
     ``tables`` lists ``{"layout": {...}, "embeddings": {name: factor}, "heads": {name: bias}}``, with ``"softmax":
-    "adaptive"`` where the heads have one; the modules of one entry share a table.
+    "adaptive"`` where the heads have one; the modules of one entry share a table. Its tensors have no memory yet.
+
+    Raises:
+        ValueError: a layout is of no table, or of another than the modules have.
     """
     import torch
 
     for one in entry["tables"]:
         layout = Layout.read(one["layout"])
+        for name in (*one["embeddings"], *one["heads"]):
+            dense = tuple(model.get_submodule(name).weight.shape)  # type: ignore[union-attr]
+            if dense != (layout.rows, layout.width):
+                raise ValueError(f"{name} is {dense[0]} x {dense[1]}, its bands {layout.rows} x {layout.width}")
         empty: dict[str, Tensor] = {}
-        for number, band in enumerate(layout.bands):
-            projection = torch.zeros(band.rank, layout.width) if band.projected else None
-            rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
-            empty |= tensors_of(number, band, rows, projection, mean)
-        table = stored(layout, torch.zeros(layout.rows), empty)
+        with torch.device("meta"):
+            for number, band in enumerate(layout.bands):
+                projection = torch.zeros(band.rank, layout.width) if band.projected else None
+                rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
+                empty |= tensors_of(number, band, rows, projection, mean)
+            table = stored(layout, torch.zeros(layout.rows), empty)
         place(model, table, one["embeddings"], one["heads"], one.get("softmax") == "adaptive")
 
 
@@ -314,9 +322,25 @@ def classes() -> Any:
                 self._kept[name] = state, found
             return found
 
-        def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
-            super()._load_from_state_dict(*given, **named)
+        def _load_from_state_dict(self, state: Any, prefix: str, *given: Any) -> None:
+            types = {name: tensor.dtype for name, tensor in self.named_buffers()}
+            super()._load_from_state_dict(state, prefix, *given)
             self._kept = {}
+            wrong = given[-1]
+            if not wrong and not any(tensor.is_meta for tensor in self.buffers()):  # torch tells what is missing
+                wrong += [f"{prefix}{text}" for text in self._faults(types)]
+
+        def _faults(self, types: Mapping[str, Any]) -> Iterator[str]:
+            """What is wrong with the tensors that were loaded, which had ``types`` before."""
+            for name, tensor in self.named_buffers():
+                if tensor.dtype != types[name]:
+                    yield f"{name} is {tensor.dtype} and not {types[name]}"
+                    return
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    yield f"{name} holds values that are not finite"
+            counts = [band.count for band in self.layout.bands]
+            if self.band_of.bincount(minlength=len(counts)).tolist() != counts:
+                yield "index gives the bands other tokens than they have"
 
         def extra_repr(self) -> str:
             bands = ", ".join(band.told() for band in self.layout.bands)

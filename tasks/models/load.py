@@ -263,11 +263,12 @@ def _load_transformed(path: Path, config: PretrainedConfig, auto: Any, extras: E
     if not file.is_file():
         raise StepError(f"{path} has no {WEIGHTS}; make the artifact again")
     state = load_file(file)
-    state.update({alias: state[owner] for alias, owner in extras.aliases.items()})
     try:
+        state.update({alias: state[owner] for alias, owner in extras.aliases.items()})
         model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise StepError(f"{path}: the weights do not fit the recorded transforms: {_first_line(error)}") from error
+    except (KeyError, RuntimeError) as error:
+        why = _first_line(error) if isinstance(error, KeyError) else str(error).partition("\n")[2].strip()[:300]
+        raise StepError(f"{path}: the weights do not fit the recorded transforms: {why}") from error
     if (path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     if not trainable(extras):

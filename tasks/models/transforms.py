@@ -62,7 +62,7 @@ def replay(model: nn.Module, extras: Extras) -> None:
     """Apply the recorded transforms to ``model`` in place.
 
     Raises:
-        StepError: a transform has no function in this version of Lathe.
+        StepError: a transform has no function in this version of Lathe, or does not fit the model.
     """
     for entry in extras.transforms:
         name = str(entry.get("name"))
@@ -73,7 +73,12 @@ def replay(model: nn.Module, extras: Extras) -> None:
                 f"{FILE} asks for the transform {name!r}, which this version does not have; "
                 f"{nearest(name, sorted(_TRANSFORMS))}"
             )
-        _TRANSFORMS[name](model, entry)
+        try:
+            _TRANSFORMS[name](model, entry)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise StepError(
+                f"what {FILE} says of {name!r} does not fit the model: {error}; make the artifact again"
+            ) from error
 
 
 def trainable(extras: Extras) -> bool:
@@ -101,7 +106,9 @@ def read_extras(path: Path) -> Extras:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         version = record["version"]
-        extras = Extras(tuple(record["transforms"]), dict(record["aliases"]), record["compute_dtype"])
+        extras = Extras(
+            tuple(dict(one) for one in record["transforms"]), dict(record["aliases"]), record["compute_dtype"]
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise StepError(f"{file} is damaged ({error}); make the artifact again") from error
     if version != VERSION:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from specs.schema.base import FieldError
 from specs.schema.pipeline import DataSpec, ModelSpec
@@ -270,6 +270,20 @@ def test_audio_and_models_that_foretell_nothing_are_refused():
     assert supports(spec, "decoder", "text-generation") is None
 
 
+def test_the_scores_of_a_large_vocabulary_are_computed_a_few_at_a_time(request, tmp_path, monkeypatch):
+    from tasks.adaptive_input import information
+
+    network, shapes = load(request.getfixturevalue("gpt2")), []
+    ctx = context(tmp_path, "text-generation", request.getfixturevalue("text_data"))
+    data = _examples(ctx, request.getfixturevalue("gpt2"))
+    whole = information.surprise(network, data, 320)
+    network.get_output_embeddings().register_forward_hook(lambda module, given, out: shapes.append(len(out)))
+    monkeypatch.setattr(information, "_SCORES", 2 * data.length * 320)
+    for found, wanted in zip(information.surprise(network, data, 320), whole, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert shapes == [2, 2]
+
+
 def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
     from tasks.adaptive_input import information
 
@@ -373,11 +387,65 @@ def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
     assert losses["healed"] - losses["dense"] < 0.5 * (losses["hurt"] - losses["dense"])
 
 
-def test_a_damaged_index_does_not_load(request, tmp_path):
-    ctx, _ = _run(request, tmp_path, "gpt2", ratio="5x")
-    copied = shutil.copytree(ctx.out, tmp_path / "copy")
-    extras = json.loads((copied / "lathe.json").read_text())
-    extras["transforms"][0]["tables"][0]["layout"]["bands"][0]["count"] += 8
-    (copied / "lathe.json").write_text(json.dumps(extras))
-    with pytest.raises(StepError, match="do not fit"):
-        load(copied)
+@pytest.fixture(scope="module")
+def damaged(request, tmp_path_factory):
+    """Loads a table in bands after a change of its entry in ``lathe.json``, or of its tensors."""
+    place = tmp_path_factory.mktemp("damaged")
+    ctx, _ = _run(request, place, "gpt2", ratio="5x")
+    folder = shutil.copytree(ctx.out, place / "copy")
+
+    def loaded(entry=lambda table: None, tensors=lambda state: None):
+        extras, state = json.loads((ctx.out / "lathe.json").read_text()), load_file(ctx.out / "model.safetensors")
+        entry(extras["transforms"][0]["tables"][0])
+        tensors({name.rpartition(".")[2]: tensor for name, tensor in state.items() if ".table." in name})
+        (folder / "lathe.json").write_text(json.dumps(extras))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return load(folder)
+
+    assert tables(loaded())
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("bands", 0, "count"), 10**13, "tokens, the table 320"),
+        (("bands", 0, "count"), -5, "band 0 has no tokens"),
+        (("bands", 0, "count"), float("inf"), "does not fit the model"),
+        (("bands", 0, "levels"), [], "band 0 has no tokens, or no columns"),
+        (("bands", 0, "levels"), [[7, 8]], r"band 0 has the bits \[7\]"),
+        (("bands", 0, "levels"), [[1, 4], [4, 4]], "band 0 has the bits"),
+        (("bands", 0, "levels"), [[16, 4], [4, 4]], "band 0 has 8 columns of"),
+        (("bands", 0, "levels"), [[4, 10**12]], "band 0 has 1000000000000 columns"),
+        (("bands",), [], "1 to 16 bands"),
+        (("bands",), 5, "does not fit the model"),
+        (("rows",), 10**13, "tokens, the table 10000000000000"),
+    ],
+)
+def test_a_damaged_layout_is_refused_in_words(damaged, path, value, message):
+    def change(table):
+        at = table["layout"]
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+
+    with pytest.raises(StepError, match=f"adaptive-input.*{message}.*make the artifact again"):
+        damaged(change)
+
+
+def test_a_table_for_other_modules_than_there_are_is_refused(damaged):
+    def grow(table):
+        table["layout"]["rows"] += 10**13
+        table["layout"]["bands"][0]["count"] += 10**13
+
+    with pytest.raises(StepError, match="is 320 x 32, its bands 10000000000320 x 32; make the artifact again"):
+        damaged(grow)
+    with pytest.raises(StepError, match=r"does not fit the model.*make the artifact again"):
+        damaged(lambda table: table["embeddings"].update({"transformer.nothing": 1.0}))
+
+
+def test_damaged_tensors_of_a_table_are_refused(damaged):
+    with pytest.raises(StepError, match=r"do not fit.*index gives the bands other tokens"):
+        damaged(tensors=lambda state: state["index"].add_(1))
+    with pytest.raises(StepError, match=r"do not fit.*mean0_half holds values that are not finite"):
+        damaged(tensors=lambda state: state["mean0_half"].fill_(float("nan")))

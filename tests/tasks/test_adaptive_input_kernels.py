@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MarianConfig, MarianMTModel
 
-from tasks.adaptive_input import rounding, table
+from tasks.adaptive_input import curves, rounding, table
 from tasks.adaptive_input.adaptive_input import stored_table
 from tasks.adaptive_input.allocate import allocate
 from tasks.adaptive_input.bands import Fitted, Measured
@@ -25,6 +27,7 @@ from tasks.adaptive_input.places import places
 from tasks.adaptive_input.rounding import FLOAT
 from tasks.adaptive_input.sensitivity import moments
 from tasks.compress.calibrate import examples, sample
+from tasks.context import StepError
 from tasks.models import load
 from tests.support import as_artifact, context
 
@@ -369,14 +372,47 @@ def test_the_metric_counts_what_the_outputs_feel():
     torch.testing.assert_close(found.half @ found.back, torch.eye(4), atol=1e-5, rtol=1e-5)
 
 
+def test_a_table_of_more_rows_than_are_computed_with_at_a_time_is_fitted_alike(monkeypatch):
+    rows = torch.randn(200, 12, generator=torch.Generator().manual_seed(7))
+    found = Curves(rows, torch.linspace(2, 1, 200).double() / 300, [0, 200], metric(12, None))
+    band = Band(200, ((8, 6), (3, 4)))
+    costs, fitted = [one.cost for one in found.options((0, 1), (4, 2))], found.fit((0, 1), band)
+    monkeypatch.setattr(curves, "_ROWS", 70)
+    again = Curves(rows, found.weights, [0, 200], metric(12, None))
+    assert [one.cost for one in again.options((0, 1), (4, 2))] == pytest.approx(costs)
+    vectors = [one @ two + mean for one, two, mean in (fitted, again.fit((0, 1), band))]
+    torch.testing.assert_close(*vectors, rtol=1e-3, atol=1e-3)
+
+
+def test_tables_that_bands_cannot_hold_are_refused(gpt2):
+    network: Any = load(gpt2)
+    with torch.no_grad():
+        network.get_input_embeddings().weight[3, 5] = 1e5
+    with pytest.raises(StepError, match=r"has a vector of length 1e[+]05, and bands hold"):
+        places(network)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = MarianConfig(
+        **sizes,
+        vocab_size=40,
+        decoder_vocab_size=50,
+        share_encoder_decoder_embeddings=False,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        pad_token_id=1,
+        max_position_embeddings=16,
+    )
+    with pytest.raises(StepError, match="two vocabularies"):
+        places(MarianMTModel(config))
+
+
 def test_profiles_of_bits_are_the_best_that_there_are():
     """Every profile of 0, 1 or 2 bits of four directions, one by one."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(200, 4, generator=generator) * torch.tensor([1.0, 0.6, 0.3, 0.05])
-    curves = Curves(rows, torch.full((200,), 1 / 200, dtype=torch.float64), [0, 200], metric(4, None))
+    found = Curves(rows, torch.full((200,), 1 / 200, dtype=torch.float64), [0, 200], metric(4, None))
     values = torch.linalg.eigvalsh((rows - rows.mean(0)).double().T @ (rows - rows.mean(0)).double() / 200)
     errors = torch.stack([values.flip(0), 0.4 * values.flip(0), 0.15 * values.flip(0)]).numpy()
-    bands = curves._profiles(200, errors, (1, 2))
+    bands = found._profiles(200, errors, (1, 2))
     sizes = {0: 0, 1: 8 * 200 + 8 * 4 * 4 + 16, 2: 16 * 200 + 8 * 4 * 5 + 16}
     every = [
         (sum(sizes[one] for one in bits), sum(errors[one, at] for at, one in enumerate(bits)))
