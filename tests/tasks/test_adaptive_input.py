@@ -1,27 +1,20 @@
-"""The step ``adaptive_input``: what it writes, says and refuses, for every family, and that healing heals."""
+"""The step ``adaptive_input``: what it writes and says, for every family, and that healing heals."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from specs.schema.base import FieldError
-from specs.schema.pipeline import DataSpec, ModelSpec
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
-from tasks.adaptive_input.preflight import look
 from tasks.adaptive_input.table import tables
 from tasks.compress.calibrate import outputs
 from tasks.compress.prune import prune
@@ -30,40 +23,13 @@ from tasks.context import StepError
 from tasks.data import encode
 from tasks.evaluate.footprint import of_model
 from tasks.finetune.finetune import finetune
-from tasks.look import look as plan
-from tasks.models import load as load_module
-from tasks.models.support import supports
-from tests.support import TASKS_OF, as_artifact, context, tiny_model, write_jsonl
-
-
-def load(folder: Path) -> Any:
-    return load_module(folder)
-
+from tests.support import as_artifact, context, tiny_model
+from tests.tasks.banded import load, run, spec_of, task_of
 
 FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "whisper")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def _task(family):
-    return TASKS_OF.get(family, "text-generation")
-
-
-def _data(request, family):
-    names = {"translation": "pair_data", "speech-recognition": "speech_data", "text-classification": "review_data"}
-    return request.getfixturevalue(names.get(_task(family), "text_data")).model_copy(update={"train_limit": 24})
-
-
-def _spec(**fields):
-    defaults = {"uses": "adaptive_input", "id": "a", "bits": (16, 4, 1), "bands": 3}
-    return AdaptiveInputSpec.model_validate(defaults | fields)
-
-
-def _run(request, folder, family, **fields):
-    ctx = context(folder, _task(family), _data(request, family))
-    model = as_artifact(request.getfixturevalue(family))
-    return ctx, adaptive_input(model, spec=_spec(**fields), ctx=ctx)
 
 
 def _examples(ctx, folder):
@@ -72,7 +38,7 @@ def _examples(ctx, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gets_a_smaller_table_that_loads(request, tmp_path, family):
-    ctx, result = _run(request, tmp_path, family, ratio="4x")
+    ctx, result = run(request, tmp_path, family, ratio="4x")
     about = result.properties["adaptive_input"]
     assert about["bytes"] <= about["budget"]
     source = request.getfixturevalue(family)
@@ -81,9 +47,9 @@ def test_every_family_gets_a_smaller_table_that_loads(request, tmp_path, family)
     before, after = (outputs(load(folder), _examples(ctx, source)) for folder in (source, ctx.out))
     assert torch.isfinite(after).all()
     assert 0 < relative_error(before, after) < 0.6
-    if _task(family) != "text-classification":
+    if task_of(family) != "text-classification":
         ids = torch.tensor([[5, 6, 7]])
-        if _task(family) == "text-generation":
+        if task_of(family) == "text-generation":
             assert network.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 3
     # Nothing dense is left of what was replaced, and the bytes in the file are the bytes that were told.
     rows = network.config.vocab_size
@@ -101,20 +67,20 @@ def test_every_family_gets_a_smaller_table_that_loads(request, tmp_path, family)
 def test_two_runs_give_the_same_bytes(request, tmp_path):
     digests = []
     for name in ("a", "b"):
-        ctx, _ = _run(request, tmp_path / name, "gpt2", ratio="5x", heal={"max_steps": 2, "batch_size": 4})
+        ctx, _ = run(request, tmp_path / name, "gpt2", ratio="5x", heal={"max_steps": 2, "batch_size": 4})
         digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in ctx.out.iterdir()})
     assert digests[0] == digests[1]
 
 
 def test_almost_the_whole_budget_gives_the_dense_table_back(request, tmp_path):
-    ctx, _ = _run(request, tmp_path, "gpt2", ratio="1.2x", bits=(16,), bands=1)
+    ctx, _ = run(request, tmp_path, "gpt2", ratio="1.2x", bits=(16,), bands=1)
     dense = load(request.getfixturevalue("gpt2")).get_input_embeddings().weight
     got = load(ctx.out).get_input_embeddings().weight
     torch.testing.assert_close(got, dense.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_parameters_are_counted_as_numbers_and_not_as_bytes(request, tmp_path):
-    ctx, result = _run(request, tmp_path, "gpt2", ratio="6x", bits=(4,), bands=1)
+    ctx, result = run(request, tmp_path, "gpt2", ratio="6x", bits=(4,), bands=1)
     band = result.properties["adaptive_input"]["tables"][0]["bands"][0]["band"]
     network = load(ctx.out)
     rest = sum(parameter.numel() for parameter in network.parameters())
@@ -130,7 +96,7 @@ def untied(tmp_path_factory):
 @pytest.mark.parametrize("head", ["joint", "separate", "leave"])
 def test_an_output_layer_of_its_own(untied, text_data, tmp_path, head):
     ctx = context(tmp_path, "text-generation", text_data)
-    result = adaptive_input(as_artifact(untied), spec=_spec(ratio="5x", head=head), ctx=ctx)
+    result = adaptive_input(as_artifact(untied), spec=spec_of(ratio="5x", head=head), ctx=ctx)
     about = result.properties["adaptive_input"]
     dense = 4 * 320 * 32 * (1 if head == "leave" else 2)
     assert about["bytes_before"] == dense
@@ -144,7 +110,7 @@ def test_an_output_layer_of_its_own(untied, text_data, tmp_path, head):
 
 
 def test_contextual_information_moves_precision(request, tmp_path):
-    ctx, result = _run(request, tmp_path, "gpt2", ratio="5x", information="contextual")
+    ctx, result = run(request, tmp_path, "gpt2", ratio="5x", information="contextual")
     assert result.properties["adaptive_input"]["information"] == "contextual"
     assert torch.isfinite(outputs(load(ctx.out), _examples(ctx, ctx.out))).all()
 
@@ -174,7 +140,7 @@ def test_factors_are_trained_from_scratch(request, tmp_path):
 def test_an_adaptive_softmax_is_one_distribution_that_trains_and_writes(request, tmp_path):
     tied, data = request.getfixturevalue("gpt2"), request.getfixturevalue("text_data")
     ctx = context(tmp_path / "a", "text-generation", data)
-    spec = _spec(ratio=1.5, method="adaptive", softmax="adaptive", bits=None)
+    spec = spec_of(ratio=1.5, method="adaptive", softmax="adaptive", bits=None)
     about = adaptive_input(as_artifact(tied), spec=spec, ctx=ctx).properties["adaptive_input"]
     assert about["bytes"] <= about["budget"]
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", data), store=ctx.store)
@@ -218,7 +184,7 @@ def _by_hand(head, x):
 
 
 def test_later_steps_keep_the_tables(request, tmp_path):
-    ctx, _ = _run(request, tmp_path / "a", "gpt2", ratio="5x")
+    ctx, _ = run(request, tmp_path / "a", "gpt2", ratio="5x")
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", ctx.data), store=ctx.store)
     training = FinetuneSpec(uses="finetune", id="t", max_steps=2, batch_size=4, learning_rate=1e-3, validation=0)
     finetune(as_artifact(ctx.out), spec=training, ctx=after)
@@ -232,42 +198,12 @@ def test_later_steps_keep_the_tables(request, tmp_path):
     assert torch.isfinite(outputs(load(packed.out), _examples(ctx, ctx.out))).all()
     assert len(tables(load(packed.out))) == len(tables(load(ctx.out)))
     with pytest.raises(StepError, match="in bands already"):
-        adaptive_input(as_artifact(after.out), spec=_spec(ratio="5x"), ctx=packed)
+        adaptive_input(as_artifact(after.out), spec=spec_of(ratio="5x"), ctx=packed)
     # The plan refuses these, unless the step might have left the model as it was.
     for fields in ({"method": "width", "keep": "50%"}, {"method": "depth", "keep": "50%"}, {"method": "vocabulary"}):
         shape = PruneSpec.model_validate({"uses": "prune", "id": "p"} | fields)
         with pytest.raises(StepError, match="put that step behind this one"):
             prune(as_artifact(after.out), spec=shape, ctx=packed)
-
-
-def test_bad_budgets_are_refused_before_the_work(request, tmp_path):
-    config = json.loads((request.getfixturevalue("gpt2") / "config.json").read_text())
-    problems, _ = look(_spec(budget="1 KiB"), config, "text-generation", 32)
-    assert "smallest takes" in problems[0]
-    assert "write budget: " in problems[0]
-    least = int(problems[0].split("smallest takes ")[1].split()[0])
-    assert look(_spec(budget=least), config, "text-generation", 32) == ([], [])
-    assert look(_spec(budget=least - 1), config, "text-generation", 32)[0]
-    ctx, result = _run(request, tmp_path, "gpt2", budget=least, bits=(16, 4, 1))  # and the step can do it
-    assert result.properties["adaptive_input"]["bytes"] <= least
-    problems, _ = look(_spec(ratio="500x"), config, "text-generation", 32)
-    assert "x or less" in problems[0]
-    problems, _ = look(_spec(budget="1 MiB"), config, "text-generation", 32)
-    assert "nothing is to be done" in problems[0]
-    assert "allow_noop" in problems[0]
-    assert look(_spec(budget="1 MiB", allow_noop=True), config, "text-generation", 32) == ([], [])
-    with pytest.raises(StepError, match="nothing is to be done"):
-        _run(request, tmp_path / "b", "gpt2", budget="1 MiB")
-    ctx, result = _run(request, tmp_path / "c", "gpt2", budget="1 MiB", allow_noop=True)
-    assert "asks for nothing" in result.summary
-    assert not tables(load(ctx.out))
-
-
-def test_audio_and_models_that_foretell_nothing_are_refused():
-    assert "no table of tokens" in str(supports(_spec(ratio="2x"), "ctc", "speech-recognition"))
-    spec = _spec(ratio="2x", information="contextual")
-    assert "write information: unigram" in str(supports(spec, "encoder", "text-classification"))
-    assert supports(spec, "decoder", "text-generation") is None
 
 
 def test_the_scores_of_a_large_vocabulary_are_computed_a_few_at_a_time(request, tmp_path, monkeypatch):
@@ -282,69 +218,6 @@ def test_the_scores_of_a_large_vocabulary_are_computed_a_few_at_a_time(request, 
     for found, wanted in zip(information.surprise(network, data, 320), whole, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert shapes == [2, 2]
-
-
-def test_data_without_tokens_is_refused(request, tmp_path, monkeypatch):
-    from tasks.adaptive_input import information
-
-    ctx = context(tmp_path, "text-generation", request.getfixturevalue("text_data"))
-    data = encode(ctx.data, "train", ctx.task, request.getfixturevalue("gpt2"), ctx.store)
-    empty = dataclasses.replace(data, attention_mask=np.zeros_like(data.attention_mask))
-    with pytest.raises(StepError, match="no tokens to count"):
-        information.count(empty, 320)
-
-
-@pytest.mark.parametrize(
-    ("text", "filtered", "message"),
-    [
-        (
-            "\u200b\u2060",
-            {},
-            "data.train: the model's tokenizer makes no token, or unknown ones alone, of all its 12 texts",
-        ),
-        ("a film", {"min_tokens": 50}, "data.filter: it leaves nothing of the 12 records .*fewer than 50 tokens"),
-        ("a film", {}, None),
-    ],
-)
-def test_data_of_which_no_token_is_left_is_refused_in_the_plan(bert, tmp_path, text, filtered, message):
-    rows = [{"text": text, "label": "good" if number % 2 else "bad"} for number in range(12)]
-    rows = write_jsonl(tmp_path / "rows.jsonl", rows)
-    model = shutil.copytree(bert, tmp_path / "model")
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    cleans = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
-    tokenizer["normalizer"] = cleans | {"strip_accents": None}
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    data = DataSpec.model_validate({"train": str(rows), "eval": str(rows), "max_length": 16, "filter": filtered})
-
-    def seen():
-        return plan(ModelSpec(source=str(model)), "text-classification", data, [_spec(ratio="4x")])
-
-    if message is None:
-        (said,) = seen()[1]
-        assert not [*said.problems, *said.sized]
-        return
-    with pytest.raises(StepError, match=message):
-        seen()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({}, "the size is missing"),
-        ({"budget": "1 MiB", "ratio": "2x"}, "says it twice"),
-        ({"ratio": "1x"}, "makes nothing smaller"),
-        ({"ratio": "3 times"}, "unit 'times' is unknown"),
-        ({"ratio": "2x", "bits": (4, 4)}, "names a width twice"),
-        ({"ratio": "2x", "bits": (7,)}, "Input should be"),
-        ({"ratio": "2x", "method": "adaptive"}, "bits does not go with method: adaptive"),
-        ({"ratio": "2x", "softmax": "adaptive"}, "write method: adaptive beside it"),
-        ({"ratio": "2x", "softmax": "adaptive", "method": "adaptive", "bits": None, "bands": 1}, "leave bands out"),
-    ],
-)
-def test_specs_that_say_no_size_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        _spec(**fields)
-    assert issubclass(FieldError, ValueError)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +249,7 @@ def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
         ("healed", {"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3, "trains": "model"}),
     ):
         ctx = context(tmp_path / name, "text-generation", text_data)
-        result = adaptive_input(as_artifact(trained), spec=_spec(ratio="15x", bits=(1,), heal=heal), ctx=ctx)
+        result = adaptive_input(as_artifact(trained), spec=spec_of(ratio="15x", bits=(1,), heal=heal), ctx=ctx)
         losses[name] = _loss(ctx.out, ctx)
         about = result.properties["adaptive_input"]
         assert about["bytes"] <= about["budget"]
@@ -385,67 +258,3 @@ def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
         losses["dense"] = _loss(trained, ctx)
     assert losses["hurt"] > losses["dense"] + 0.05
     assert losses["healed"] - losses["dense"] < 0.5 * (losses["hurt"] - losses["dense"])
-
-
-@pytest.fixture(scope="module")
-def damaged(request, tmp_path_factory):
-    """Loads a table in bands after a change of its entry in ``lathe.json``, or of its tensors."""
-    place = tmp_path_factory.mktemp("damaged")
-    ctx, _ = _run(request, place, "gpt2", ratio="5x")
-    folder = shutil.copytree(ctx.out, place / "copy")
-
-    def loaded(entry=lambda table: None, tensors=lambda state: None):
-        extras, state = json.loads((ctx.out / "lathe.json").read_text()), load_file(ctx.out / "model.safetensors")
-        entry(extras["transforms"][0]["tables"][0])
-        tensors({name.rpartition(".")[2]: tensor for name, tensor in state.items() if ".table." in name})
-        (folder / "lathe.json").write_text(json.dumps(extras))
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        return load(folder)
-
-    assert tables(loaded())
-    return loaded
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("bands", 0, "count"), 10**13, "tokens, the table 320"),
-        (("bands", 0, "count"), -5, "band 0 has no tokens"),
-        (("bands", 0, "count"), float("inf"), "does not fit the model"),
-        (("bands", 0, "levels"), [], "band 0 has no tokens, or no columns"),
-        (("bands", 0, "levels"), [[7, 8]], r"band 0 has the bits \[7\]"),
-        (("bands", 0, "levels"), [[1, 4], [4, 4]], "band 0 has the bits"),
-        (("bands", 0, "levels"), [[16, 4], [4, 4]], "band 0 has 8 columns of"),
-        (("bands", 0, "levels"), [[4, 10**12]], "band 0 has 1000000000000 columns"),
-        (("bands",), [], "1 to 16 bands"),
-        (("bands",), 5, "does not fit the model"),
-        (("rows",), 10**13, "tokens, the table 10000000000000"),
-    ],
-)
-def test_a_damaged_layout_is_refused_in_words(damaged, path, value, message):
-    def change(table):
-        at = table["layout"]
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = value
-
-    with pytest.raises(StepError, match=f"adaptive-input.*{message}.*make the artifact again"):
-        damaged(change)
-
-
-def test_a_table_for_other_modules_than_there_are_is_refused(damaged):
-    def grow(table):
-        table["layout"]["rows"] += 10**13
-        table["layout"]["bands"][0]["count"] += 10**13
-
-    with pytest.raises(StepError, match="is 320 x 32, its bands 10000000000320 x 32; make the artifact again"):
-        damaged(grow)
-    with pytest.raises(StepError, match=r"does not fit the model.*make the artifact again"):
-        damaged(lambda table: table["embeddings"].update({"transformer.nothing": 1.0}))
-
-
-def test_damaged_tensors_of_a_table_are_refused(damaged):
-    with pytest.raises(StepError, match=r"do not fit.*index gives the bands other tokens"):
-        damaged(tensors=lambda state: state["index"].add_(1))
-    with pytest.raises(StepError, match=r"do not fit.*mean0_half holds values that are not finite"):
-        damaged(tensors=lambda state: state["mean0_half"].fill_(float("nan")))
