@@ -164,7 +164,7 @@ def _reshaped(nodes: Sequence[Node]) -> set[str]:
         shaped = node.spec.shaped_by(node.inputs)
         if made.intersection(node.inputs):
             takes.add(node.id)
-        if node.spec.rebuilds or made.intersection(shaped) or (node.inputs and not shaped):
+        if node.spec.rebuilds or made.intersection(shaped):
             made.add(node.id)
     return takes
 

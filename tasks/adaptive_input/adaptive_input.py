@@ -65,7 +65,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     if problem is not None:
         raise StepError(problem)
     budget = budget_of(spec, dense)
-    beside = _softmax_bytes(found, spec)
+    beside = _beside(found, spec)
     if budget >= dense:
         save(network, ctx.out, tokenizer_from=model.path, transforms=read_extras(model.path).transforms)
         names = tuple(place.name for place in found)
@@ -176,7 +176,7 @@ def _adaptive(place: Place, fitted: Fitted, spec: AdaptiveInputSpec) -> bool:
     return spec.softmax == "adaptive" and bool(place.heads) and len(fitted.layout.bands) > 1
 
 
-def _softmax_bytes(found: Sequence[Place], spec: AdaptiveInputSpec) -> int:
+def _beside(found: Sequence[Place], spec: AdaptiveInputSpec) -> int:
     """Bytes to leave for what an adaptive softmax has beside its table.
 
     Raises:

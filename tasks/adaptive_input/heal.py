@@ -35,16 +35,11 @@ def harden(soft: Any) -> Any:
     with torch.no_grad():
         for number, band in enumerate(soft.layout.bands):
             learned = {name: soft.learned(f"{name}{number}") for name in ("rows", "projection", "mean")}
-            rows, projection, mean = learned.values()
-            found = table.tensors_of(number, band, rows, projection, mean)
+            scale = behind = None
             if band.most < 16:
                 scale = soft.scale(f"rows{number}").cpu().half()
-                if projection is None:
-                    found |= table.coded_rows(number, band, rows, scale)
-                else:
-                    behind = soft.scale(f"projection{number}").cpu()
-                    found |= table.coded_columns(number, band, rows, scale, projection, behind)
-            tensors |= found
+                behind = soft.scale(f"projection{number}").cpu() if band.projected else None
+            tensors |= table.tensors_of(number, band, **learned, scale=scale, behind=behind)
     return table.stored(soft.layout, soft.band_of.cpu(), tensors)
 
 

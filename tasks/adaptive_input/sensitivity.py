@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tasks.adaptive_input.places import Place
-
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from tasks.adaptive_input.places import Place
     from tasks.data.encoded import Encoded
 
 OBSERVED = 128
@@ -56,22 +55,21 @@ def moments(
                 value = _likelihood(network, batch, forward(network, batch), generator)
                 vectors = [one for seen in looked_up for one in seen]
                 gradients = iter(torch.autograd.grad(value, vectors, allow_unused=True) if vectors else ())
-            for at, place in enumerate(found):
+            for at in range(len(found)):
                 for _ in looked_up[at]:
-                    total[at] += _LOOKED_UP * _moment(next(gradients), place)
+                    gradient = next(gradients)
+                    if gradient is not None:
+                        total[at] += _LOOKED_UP * _moment(gradient)
                 for given in came_in[at]:
-                    total[at] += _moment(given, place)
+                    total[at] += _moment(given)
             if progress is not None:
                 progress(done, len(data), "examples")
     return total
 
 
-def _moment(vectors: Tensor | None, place: Place) -> Tensor:
-    import torch
-
-    width = place.weight.shape[1]
-    flat = torch.zeros(1, width) if vectors is None else vectors.detach().reshape(-1, width)
-    return flat.double().T @ flat.double()
+def _moment(vectors: Tensor) -> Tensor:
+    flat = vectors.detach().reshape(-1, vectors.shape[-1]).double()
+    return flat.T @ flat
 
 
 def _likelihood(network: Any, batch: dict[str, Tensor], logits: Tensor, generator: Generator) -> Tensor:

@@ -40,7 +40,15 @@ def stored(layout: Layout, band_of: Tensor, tensors: Mapping[str, Tensor]) -> An
     return classes().Table(layout, plan.pack_index(band_of), tensors)
 
 
-def tensors_of(number: int, band: Band, rows: Tensor, projection: Tensor | None, mean: Tensor) -> dict[str, Tensor]:
+def tensors_of(
+    number: int,
+    band: Band,
+    rows: Tensor,
+    projection: Tensor | None,
+    mean: Tensor,
+    scale: Tensor | None = None,
+    behind: Tensor | None = None,
+) -> dict[str, Tensor]:
     """What the file holds of band ``number``: codes and scales, or floats.
 
     Args:
@@ -49,6 +57,8 @@ def tensors_of(number: int, band: Band, rows: Tensor, projection: Tensor | None,
         rows: float [count, rank].
         projection: float [rank, width]; None where there is none.
         mean: float [width]; what is trained from scratch has none.
+        scale: of each column of codes, or of each row where there is no projection; None finds the best.
+        behind: of each row of a coded projection; None finds the best.
     """
     if band.most == FLOAT:
         found = {f"rows{number}_float": rows.float().contiguous()}
@@ -57,19 +67,22 @@ def tensors_of(number: int, band: Band, rows: Tensor, projection: Tensor | None,
     if band.most == 16:
         found[f"rows{number}_half"] = rows.half().contiguous()
         return found if projection is None else found | {f"projection{number}_half": projection.half().contiguous()}
+    if scale is None:
+        scale = rounding.scales_of(rows if projection is None else rows.T, band.bits)
     if projection is None:
-        return found | coded_rows(number, band, rows, rounding.scales_of(rows, band.bits))
-    scale, behind = rounding.scales_of(rows.T, band.bits), rounding.scales_of(projection, band.projection_bits)
-    return found | coded_columns(number, band, rows, scale, projection, behind)
+        return found | _coded_rows(number, band, rows, scale)
+    if behind is None:
+        behind = rounding.scales_of(projection, band.projection_bits)
+    return found | _coded_columns(number, band, rows, scale, projection, behind)
 
 
-def coded_rows(number: int, band: Band, rows: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def _coded_rows(number: int, band: Band, rows: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """The codes of ``rows`` [count, width] of a band without a projection, with the ``scale`` [count] of each."""
     codes = rounding.pack(rounding.to_codes(rows, scale, band.bits), band.most)
     return {_coded("rows", number, rows): _signed(codes), f"rows{number}_scale": scale.half()}
 
 
-def coded_columns(
+def _coded_columns(
     number: int, band: Band, rows: Tensor, scale: Tensor, projection: Tensor, behind: Tensor
 ) -> dict[str, Tensor]:
     """The codes of a band with a projection, column by column.
@@ -176,10 +189,8 @@ def place(
         padding = getattr(model.get_submodule(name), "padding_idx", None)
         put(model, name, embedding(table, factor, padding))
     for name in heads:
-        if adaptive:
-            put(model, name, softmax.head(table))
-            continue
-        put(model, name, head(table, getattr(model.get_submodule(name), "bias", None)))
+        bias = getattr(model.get_submodule(name), "bias", None)
+        put(model, name, softmax.head(table) if adaptive else head(table, bias))
 
 
 def entry(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -38,15 +38,8 @@ def finetune(model: Artifact, *, spec: FinetuneSpec, ctx: StepContext) -> StepRe
         left={name: "frozen" for name, parameter in network.named_parameters() if not parameter.requires_grad},
         summary=summary(trained),
         properties=properties(trained) | {"zeros_kept": zeros_kept(trained)},
-        warnings=(*warnings(trained), *_of_swapped(network)),
+        warnings=warnings(trained),
     )
-
-
-def _of_swapped(network: Any) -> list[str]:
-    from tasks.attention import swap
-
-    dropout = swap.without_dropout(network.config.to_dict()) if swap.swapped(network) else None
-    return [] if dropout is None else [dropout]
 
 
 def training_data(network: Any, model: Artifact, ctx: StepContext) -> Encoded:

@@ -210,10 +210,13 @@ def _prepare(
 ) -> _Training:
     import torch
 
+    from tasks.attention import swap
     from tasks.models import family_of
 
-    family = family_of(model.config)  # type: ignore[arg-type]
-    warnings = (*data.warnings, *check(model, data, ctx.task, family))
+    config: Any = model.config
+    family = family_of(config)
+    dropout = swap.without_dropout(config.to_dict()) if swap.swapped(model) else None
+    warnings = (*data.warnings, *check(model, data, ctx.task, family), *([] if dropout is None else [dropout]))
     precision = precision_of(spec.precision, ctx.device)
     model.float().to(ctx.device)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -365,8 +365,8 @@ def test_profiles_of_bits_are_the_best_that_there_are():
 def test_directions_get_bits_by_what_they_hold(measured):
     graded = [band for band in _allocated(measured[2], 9000).layout.bands if band.projected and len(band.levels) > 2]
     assert graded
-    rounded = [option.cost for option in measured[2].options[0][0, measured[2].curves[0].segments]]
-    assert rounded == sorted(rounded, reverse=True)
+    costs = [option.cost for option in measured[2].options[0][0, measured[2].curves[0].segments]]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_the_sensitivity_is_what_errors_do_to_the_outputs(gpt2, text_data, tmp_path):

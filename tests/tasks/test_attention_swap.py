@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -246,7 +247,12 @@ def test_training_quantizing_and_taking_back_go_on_from_it(made, llama, text_dat
     folder = made[1]
     ctx = context(tmp_path / "trained", "text-generation", text_data)
     training = FinetuneSpec(uses="finetune", id="t", max_steps=2, batch_size=4, validation=0, learning_rate=1e-2)
-    assert finetune(_swapped(folder), spec=training, ctx=ctx).kind == "swapped"
+    dropping = shutil.copytree(folder, tmp_path / "dropping")
+    config = json.loads((dropping / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    result = finetune(_swapped(dropping), spec=training, ctx=ctx)
+    assert result.kind == "swapped"
+    assert any("attention dropout of 0.2 is not applied" in warning for warning in result.warnings)
     trained = load(ctx.out)
     assert len(swap.swapped(trained)) == 2
     assert not torch.equal(trained.lm_head.weight, load(folder).lm_head.weight)

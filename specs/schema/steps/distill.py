@@ -188,7 +188,7 @@ class DistillSpec(StepSpec, TrainingSpec):
 
     @property
     def rebuilds(self) -> bool:
-        return self.student is not None
+        return self.student is not None or self.config is not None
 
     def shaped_by(self, inputs: tuple[str, ...]) -> tuple[str, ...]:
         if self.config is not None:
