@@ -61,8 +61,8 @@ def optimize(
     spec: str,
     # A served flow is sent to its process without the names that only its annotations use: built-in ones alone here.
     overrides: tuple[str, ...] = (),
-    only: str | None = None,
-    from_step: str | None = None,
+    only: tuple[str, ...] = (),
+    from_step: tuple[str, ...] = (),
     no_cache: bool = False,
     home: str | None = None,
 ) -> State[Any]:
@@ -71,8 +71,8 @@ def optimize(
     Args:
         spec: the path of the YAML file.
         overrides: dotted ``key=value`` pairs laid over the spec.
-        only: make this step and what it needs, nothing else.
-        from_step: make this step and everything after it anew.
+        only: make these steps and what they need, nothing else; empty: all.
+        from_step: make these steps and everything after them anew.
         no_cache: make every step anew.
         home: where artifacts and records go; default: ``$LATHE_HOME``, else ``.lathe`` beside the spec.
 
@@ -121,10 +121,10 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 logging.getLogger("prefect.engine").addFilter(_without_traceback)
 
 
-def resume_command(spec: Path, overrides: Sequence[str], only: str | None) -> str:
+def resume_command(spec: Path, overrides: Sequence[str], only: Sequence[str]) -> str:
     """The command that goes on where a run stopped; what is finished comes from the cache."""
-    settings = [part for item in overrides for part in ("--set", item)]
-    return shlex.join(["lathe", "run", str(spec), *settings, *(["--only", only] if only else [])])
+    given = [("--set", item) for item in overrides] + [("--only", name) for name in only]
+    return shlex.join(["lathe", "run", str(spec), *(part for pair in given for part in pair)])
 
 
 class Run:

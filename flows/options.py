@@ -26,8 +26,8 @@ class Selection:
 
     spec: Path
     overrides: tuple[str, ...] = ()
-    only: str | None = None
-    from_step: str | None = None
+    only: tuple[str, ...] = ()
+    from_step: tuple[str, ...] = ()
     no_cache: bool = False
     as_json: bool = False
 
@@ -39,15 +39,17 @@ def selecting(command: Callable[[Selection], None]) -> Callable[..., None]:
         spec: SpecFile,
         set_: Set = None,
         only: Annotated[
-            str | None, typer.Option(metavar="STEP", help="Make this step and what it needs, nothing else.")
+            list[str] | None,
+            typer.Option(metavar="STEP", help="Make this step and what it needs, nothing else; may be given again."),
         ] = None,
         from_step: Annotated[
-            str | None, typer.Option("--from", metavar="STEP", help="Make this step and all after it anew.")
+            list[str] | None,
+            typer.Option("--from", metavar="STEP", help="Make this step and all after it anew; may be given again."),
         ] = None,
         no_cache: Annotated[bool, typer.Option("--no-cache", help="Make every step anew.")] = False,
         as_json: AsJson = False,
     ) -> None:
-        command(Selection(spec, tuple(set_ or ()), only, from_step, no_cache, as_json))
+        command(Selection(spec, tuple(set_ or ()), tuple(only or ()), tuple(from_step or ()), no_cache, as_json))
 
     parsed.__doc__ = command.__doc__
     return parsed

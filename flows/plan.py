@@ -116,8 +116,8 @@ def make_plan(
     loaded: LoadedSpec,
     home: Home,
     *,
-    only: str | None = None,
-    from_step: str | None = None,
+    only: Sequence[str] = (),
+    from_step: Sequence[str] = (),
     no_cache: bool = False,
 ) -> Plan:
     """Work out what a run of the spec will do.
@@ -125,8 +125,8 @@ def make_plan(
     Args:
         loaded: the spec.
         home: where its artifacts are.
-        only: make this step and what it needs, nothing else.
-        from_step: make this step and everything after it anew.
+        only: make these steps and what they need, nothing else; empty: all.
+        from_step: make these steps and everything after them anew.
         no_cache: make every step anew.
 
     Raises:
@@ -182,27 +182,22 @@ def _device(loaded: LoadedSpec) -> str:
         raise PlanError(placed(loaded, Problem(str(error), named_in(str(error))))) from None
 
 
-def _selection(graph: Graph, only: str | None) -> set[str]:
+def _selection(graph: Graph, only: Sequence[str]) -> set[str]:
     names = set(graph.nodes)
-    if only is None:
-        return names
     _known(only, names, "--only")
-    return {only} | set(graph.ancestors(only))
+    return set(only).union(*map(graph.ancestors, only)) if only else names
 
 
-def _forced(graph: Graph, from_step: str | None, no_cache: bool) -> set[str]:
+def _forced(graph: Graph, from_step: Sequence[str], no_cache: bool) -> set[str]:
     names = set(graph.nodes)
-    if no_cache:
-        return names
-    if from_step is None:
-        return set()
     _known(from_step, names, "--from")
-    return {from_step} | set(graph.descendants(from_step))
+    return names if no_cache else set(from_step).union(*map(graph.descendants, from_step))
 
 
-def _known(name: str, names: Collection[str], option: str) -> None:
-    if name not in names:
-        raise PlanError(f"{option} {name}: there is no such step; {nearest(name, sorted(names))}")
+def _known(asked: Sequence[str], names: Collection[str], option: str) -> None:
+    for name in asked:
+        if name not in names:
+            raise PlanError(f"{option} {name}: there is no such step; {nearest(name, sorted(names))}")
 
 
 def _fingerprints(spec: PipelineSpec) -> dict[str, str]:

@@ -4,7 +4,7 @@
     python -m tests.bench.adaptive_input --train WIKITEXT/valid.txt --eval WIKITEXT/test.txt --work FOLDER
     python -m tests.bench.adaptive_input --train SST2/train.jsonl --eval SST2/dev.jsonl --model MINILM --work FOLDER
 
-A tied decoder of 0.9 M weights is trained on plain text, or with ``--model`` a classifier on sentences with labels
+A tied decoder (``--vocabulary``, ``--width`` and ``--blocks``; by default of 0.9 M weights) is trained on plain text, or with ``--model`` a classifier on sentences with labels
 (kept in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times
 fewer than float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits;
 plain SVD and GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16;
@@ -12,10 +12,10 @@ product quantization with 256 vectors for every part of a row;
 quotient-remainder hashing fitted to the table. All in one run; nothing is random but the seed's choice. Prints tables
 in Markdown and draws ``adaptive_input.png`` into ``--work``.
 
-    python -m tests.bench.adaptive_input --from-scratch 600 --ratios 8 --train NOVELS/train --eval NOVELS/valid \\
-        --work FOLDER
+    python -m tests.bench.adaptive_input --from-scratch 600 --ratios 8 --vocabulary 16384 --train NOVELS/train \\
+        --eval NOVELS/valid --work FOLDER
 
-trains the decoder with ``--vocabulary`` tokens from random weights instead: dense, with an adaptive input, and with an
+trains the decoder from random weights instead: dense, with an adaptive input, and with an
 adaptive softmax too, each for as many seconds.
 """
 
@@ -54,17 +54,8 @@ from tasks.models.origin import import_model
 from tests.bench.quantization import losses_of
 from tests.support import as_artifact, context
 
-DECODER = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+LENGTH = 64
+"""Tokens of an example."""
 
 LOOKUPS = 200
 
@@ -73,6 +64,21 @@ PACE = 4
 
 ROUNDS = 30
 """Of alternating least squares."""
+
+
+def decoder(given: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of a tied Llama of the size that was asked for."""
+    return {
+        "model_type": "llama",
+        "vocab_size": given.vocabulary,
+        "hidden_size": given.width,
+        "intermediate_size": given.width * 11 // 4,
+        "num_hidden_layers": given.blocks,
+        "num_attention_heads": given.width // 32,
+        "num_key_value_heads": given.width // 64,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+    }
 
 
 def svd(weight: torch.Tensor, budget: int) -> tuple[torch.Tensor, int]:
@@ -197,11 +203,22 @@ def lookups(folder: Path, weight: torch.Tensor, length: int) -> list[str]:
     ]
 
 
+def trained_with(given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of every training."""
+    rate = given.rate or (1e-4 if given.model else 3e-3)
+    return {
+        "batch_size": given.batch,
+        "learning_rate": rate,
+        "validation": 0.01,
+        "weight_decay": given.weight_decay,
+    }
+
+
 def from_scratch(given: argparse.Namespace, data: DataSpec, place: Callable[[str], Any]) -> None:
     """Train a decoder with a dense table, with an adaptive input, and with an adaptive softmax too, each for as long,
     and print what they foretell of the evaluation data."""
-    fields: dict[str, Any] = {"batch_size": 16, "validation": 0.01, "learning_rate": 3e-3}
-    config = DECODER | {"vocab_size": given.vocabulary}
+    fields = trained_with(given)
+    config = decoder(given)
     start = dataclasses.replace(place("scratch"), model=ModelSpec(config=config))
     if not (start.out / "config.json").exists():
         import_model(spec=BaselineSpec(uses="model", id="baseline", model=ModelSpec(config=config)), ctx=start)
@@ -279,28 +296,32 @@ def main() -> None:
     parser.add_argument(
         "--from-scratch", type=float, help="seconds of training, dense and adaptive from random weights"
     )
-    parser.add_argument("--vocabulary", type=int, default=16384, help="tokens of the model from random weights")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens of the decoder")
+    parser.add_argument("--width", type=int, default=128, help="of the decoder, a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=2, help="of the decoder")
+    parser.add_argument("--batch", type=int, default=16, help="examples of an optimiser step")
+    parser.add_argument("--rate", type=float, help="learning rate; default: 3e-3, and 1e-4 for a classifier")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are trained")
     given = parser.parse_args()
     task: Task = "text-classification" if given.model else "text-generation"
-    model = ModelSpec(source=given.model) if given.model else ModelSpec(config=DECODER)
-    data = DataSpec(train=str(given.train), eval=str(given.eval), max_length=64)
+    model = ModelSpec(source=given.model) if given.model else ModelSpec(config=decoder(given))
+    data = DataSpec(train=str(given.train), eval=str(given.eval), max_length=LENGTH)
 
     def place(name: str) -> Any:
-        ctx = context(given.work / name, task, data, model)
+        ctx = context(given.work / name, task, data, model, device=given.device, threads=torch.get_num_threads())
         return dataclasses.replace(ctx, store=given.work / "store")
 
     if given.from_scratch:
         from_scratch(given, data, place)
         return
     trained = given.work / "trained" / "out"
-    size = {"batch_size": 16, "validation": 0.01}
-    rate = 1e-4 if given.model else 3e-3
+    size = trained_with(given)
     if not (trained / "config.json").exists():
         start = place("baseline")
         if not (start.out / "config.json").exists():
             import_model(spec=BaselineSpec(uses="model", id="baseline", model=model), ctx=start)
-        fields: dict[str, Any] = {**size, "max_steps": given.steps, "learning_rate": rate, "eval_steps": 200}
-        spec = FinetuneSpec(uses="finetune", id="t", **fields)
+        spec = FinetuneSpec(uses="finetune", id="t", **size, max_steps=given.steps, eval_steps=max(given.steps // 6, 1))
         print(finetune(as_artifact(start.out), spec=spec, ctx=place("trained")).summary)
     windows = encode(data, "eval", task, trained, given.work / "store")
     if task == "text-generation":
@@ -331,7 +352,7 @@ def main() -> None:
         )
     peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
     peers["quotient-remainder hashing"] = hashed(weight, counts)
-    training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1), "learning_rate": rate}
+    training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1)}
     for ratio in given.ratios:
         budget = int(whole_bytes / ratio)
         for name, peer in peers.items():

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flows.errors import PlanError
 from flows.home import Home
+from flows.optimize import resume_command
 from flows.places import Problem, path_of_step, placed
 from flows.plan import Plan, PlannedStep, make_plan
 from flows.record import home_for
@@ -135,6 +136,21 @@ def test_a_value_from_the_command_line_is_its_own_place(tmp_path: Path) -> None:
     override = "data.eval=none.csv"
     (problem,) = make_plan(tiny(tmp_path, SPEC + FORKED, (override,)), Home(tmp_path / "home")).problems
     assert problem.startswith(f"--set {override}: data.eval: ")
+
+
+def test_every_step_that_is_named_is_meant(tmp_path: Path) -> None:
+    loaded, home = tiny(tmp_path, SPEC + FORKED), Home(tmp_path / "home")
+    states = {step.node.id: step.state for step in make_plan(loaded, home, only=["a", "b"]).steps}
+    assert states == {"baseline": "run", "t": "run", "a": "run", "b": "run", "c": "out", "best": "out"}
+    forced = {step.node.id for step in make_plan(loaded, home, from_step=["b", "c"]).steps if step.force}
+    assert forced == {"b", "c", "best"}
+
+
+def test_an_option_that_is_given_again_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, SPEC + FORKED)
+    assert lathe("plan", path, "--only", "nosuch", "--only", "a") == ExitCode.SPEC
+    assert "--only nosuch: there is no such step" in capsys.readouterr().err
+    assert resume_command(path, ("a=1", "b=2"), ("a", "b")).endswith("--set a=1 --set b=2 --only a --only b")
 
 
 def test_a_device_that_is_not_there_has_a_place(tmp_path: Path) -> None:
