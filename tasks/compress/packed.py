@@ -83,18 +83,19 @@ def empty_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """
     import torch
 
-    for name, what in entry["embeddings"].items():
-        rows, columns = what["shape"]
-        padding = getattr(model.get_submodule(name), "padding_idx", None)
-        weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
-        put(model, name, packed_embedding(weight, scale, padding, what.get("factor", 1.0)))
-    for name, what in entry["layers"].items():
-        rows, columns = what["shape"]
-        bias = torch.zeros(rows) if what["bias"] else None
-        factors = torch.ones(columns) if what.get("input_scale") else None
-        limits = torch.ones(2) if what.get("static") else None
-        weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
-        put(model, name, packed_linear(weight, scale, bias, factors, limits))
+    with torch.device("meta"):  # the file has the tensors; what an entry says must not take memory
+        for name, what in entry["embeddings"].items():
+            rows, columns = what["shape"]
+            padding = getattr(model.get_submodule(name), "padding_idx", None)
+            weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+            put(model, name, packed_embedding(weight, scale, padding, what.get("factor", 1.0)))
+        for name, what in entry["layers"].items():
+            rows, columns = what["shape"]
+            bias = torch.zeros(rows) if what["bias"] else None
+            factors = torch.ones(columns) if what.get("input_scale") else None
+            limits = torch.ones(2) if what.get("static") else None
+            weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+            put(model, name, packed_linear(weight, scale, bias, factors, limits))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -66,15 +66,16 @@ def empty_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """
     import torch
 
-    for name, what in entry["embeddings"].items():
-        padding = getattr(model.get_submodule(name), "padding_idx", None)
-        columns = what["shape"][1]
-        put(model, name, stored_embedding(_empty(what), columns, what["group"], padding, what["factor"]))
-    for name, what in entry["layers"].items():
-        rows, columns = what["shape"]
-        bias = torch.zeros(rows) if what["bias"] else None
-        inputs = torch.ones(columns) if what["input_scale"] else None
-        put(model, name, stored_linear(_empty(what), columns, what["group"], bias, inputs))
+    with torch.device("meta"):  # the file has the tensors; what an entry says must not take memory
+        for name, what in entry["embeddings"].items():
+            padding = getattr(model.get_submodule(name), "padding_idx", None)
+            columns = what["shape"][1]
+            put(model, name, stored_embedding(_empty(what), columns, what["group"], padding, what["factor"]))
+        for name, what in entry["layers"].items():
+            rows, columns = what["shape"]
+            bias = torch.zeros(rows) if what["bias"] else None
+            inputs = torch.ones(columns) if what["input_scale"] else None
+            put(model, name, stored_linear(_empty(what), columns, what["group"], bias, inputs))
 
 
 def described(rounded: Rounded | Tensor) -> dict[str, Any]:

@@ -4,19 +4,19 @@
     python -m tests.bench.adaptive_input --train WIKITEXT/valid.txt --eval WIKITEXT/test.txt --work FOLDER
     python -m tests.bench.adaptive_input --train SST2/train.jsonl --eval SST2/dev.jsonl --model MINILM --work FOLDER
 
-A tied decoder (``--vocabulary``, ``--width`` and ``--blocks``; by default of 0.9 M weights) is trained on plain text, or with ``--model`` a classifier on sentences with labels
-(kept in ``--work`` for the next time). Then its table is stored by each method in as many bytes, ``--ratios`` times
-fewer than float32, and the model is judged on the evaluation data. The peers: rounding of rows to 8, 4 and 2 bits;
-plain SVD and GroupReduce (weighted by frequency, bands and ranks by the same exact allocation) with factors in float16;
-product quantization with 256 vectors for every part of a row;
+A tied decoder of 0.9 M weights (``--vocabulary``, ``--width`` and ``--blocks`` make others) is trained on plain text,
+or with ``--model`` a classifier on sentences with labels (kept in ``--work`` for the next time). Then its table is
+stored by each method in as many bytes, ``--ratios`` times fewer than float32, and the model is judged on the evaluation
+data. The peers: rounding of rows to 8, 4 and 2 bits; plain SVD and GroupReduce (weighted by frequency, bands and ranks
+by the same exact allocation) with factors in float16; product quantization with 256 vectors for every part of a row;
 quotient-remainder hashing fitted to the table. All in one run; nothing is random but the seed's choice. Prints tables
 in Markdown and draws ``adaptive_input.png`` into ``--work``.
 
     python -m tests.bench.adaptive_input --from-scratch 600 --ratios 8 --vocabulary 16384 --train NOVELS/train \\
         --eval NOVELS/valid --work FOLDER
 
-trains the decoder from random weights instead: dense, with an adaptive input, and with an
-adaptive softmax too, each for as many seconds.
+trains the decoder from random weights instead: dense, with an adaptive input, and with an adaptive softmax too, each
+for as many seconds.
 """
 
 from __future__ import annotations

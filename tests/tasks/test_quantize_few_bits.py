@@ -105,6 +105,19 @@ def test_what_is_tied_is_stored_once(request, tmp_path):
     assert model.lm_head.weight_int4.data_ptr() == model.transformer.wte.weight_int4.data_ptr()
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8", "int8-dynamic"])
+@pytest.mark.parametrize("what", ["layers", "embeddings"])
+def test_a_size_that_the_file_does_not_have_takes_no_memory(request, tmp_path, precision, what):
+    ctx, _ = _run(request, tmp_path, "llama", precision=precision)
+    file = ctx.out / "lathe.json"
+    extras = json.loads(file.read_text())
+    (entry,) = [one for one in extras["transforms"] if one.get(what)]
+    next(iter(entry[what].values()))["shape"] = [10**7, 10**7]
+    file.write_text(json.dumps(extras))
+    with pytest.raises(StepError, match="the weights do not fit the recorded transforms"):
+        load(ctx.out)
+
+
 def test_two_runs_give_the_same_bytes(request, tmp_path):
     fields = {"mixed": {"budget": "60 KiB"}, "algorithm": "gptq", "samples": 4}
     folders = [_run(request, tmp_path / name, "llama", **fields)[0].out for name in ("one", "two")]

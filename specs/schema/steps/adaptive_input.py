@@ -30,7 +30,7 @@ class HealSpec(TrainingSpec):
     )
     temperature: float = Field(default=1.0, gt=0, le=100, description="the temperature at which outputs are compared")
     vectors: float = Field(
-        default=1.0, ge=0, le=1000, description="what the squared error of the vectors counts beside the outputs"
+        default=0.1, ge=0, le=1000, description="what the squared error of the vectors counts beside the outputs"
     )
 
 
