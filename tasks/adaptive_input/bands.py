@@ -89,17 +89,21 @@ class Measured:
         return (sizes + index_bytes(len(self.order))).tolist(), costs.tolist()
 
     def allocate(self, budget: int, tables: Sequence[int] | None = None) -> list[Fitted] | None:
-        """The bands of all tables, or of those at ``tables``, that together lose least within ``budget`` bytes; None
-        where nothing fits."""
+        """The bands of all tables, or of those at ``tables``, that together cost the model least within ``budget``
+        bytes; None where nothing fits."""
         at = list(range(len(self.curves))) if tables is None else list(tables)
         index = sum(index_bytes(len(self.order)) for _ in at)
-        chosen = allocate([self._runs(one) for one in at], self.most, budget - index)
+        counted = [self.curves[one].energy * self.curves[one].measure.scale for one in at]
+        if min(counted) <= 0:  # nothing was seen of one of them: each by its own energy
+            counted = [1.0] * len(at)
+        runs = [self._runs(one, each / max(counted)) for one, each in zip(at, counted, strict=True)]
+        chosen = allocate(runs, self.most, budget - index)
         return None if chosen is None else [self._fit(one, bands) for one, bands in zip(at, chosen, strict=True)]
 
-    def _runs(self, at: int) -> tuple[int, dict[tuple[int, int], list[tuple[int, float]]]]:
-        """The segments of the table at ``at``, and the bytes and costs of their runs."""
-        options = self.options[at].items()
-        return self.curves[at].segments, {run: [(one.bytes, one.cost) for one in found] for run, found in options}
+    def _runs(self, at: int, counted: float = 1.0) -> tuple[int, dict[tuple[int, int], list[tuple[int, float]]]]:
+        """The segments of the table at ``at``, and the bytes of their runs with the costs times ``counted``."""
+        runs = {run: [(one.bytes, counted * one.cost) for one in found] for run, found in self.options[at].items()}
+        return self.curves[at].segments, runs
 
     def _fit(self, at: int, chosen: Chosen) -> Fitted:
         import torch

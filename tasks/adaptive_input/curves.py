@@ -78,10 +78,12 @@ def ranks(width: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a difference of vectors counts: ``‖x half‖²``; ``back`` undoes ``half``. Both [D, D]."""
+    """What a difference of vectors counts: ``‖x half‖²``; ``back`` undoes ``half``. Both [D, D]. Times ``scale`` that
+    is what it costs the model, by which tables are compared."""
 
     half: Tensor
     back: Tensor
+    scale: float
 
 
 def metric(width: int, moment: Tensor | None) -> Metric:
@@ -95,11 +97,12 @@ def metric(width: int, moment: Tensor | None) -> Metric:
     import torch
 
     whole = torch.eye(width, dtype=torch.float64)
-    if moment is not None and float(moment.trace()) > 0:
-        whole = PLAIN * whole + (1 - PLAIN) * moment.double() * (width / moment.double().trace())
+    scale = 1.0 if moment is None else float(moment.double().trace()) / width
+    if moment is not None and scale > 0:
+        whole = PLAIN * whole + (1 - PLAIN) * moment.double() / scale
     values, vectors = torch.linalg.eigh(whole)
     root = values.clamp_min(1e-6).sqrt()
-    return Metric((vectors * root @ vectors.T).float(), (vectors / root @ vectors.T).float())
+    return Metric((vectors * root @ vectors.T).float(), (vectors / root @ vectors.T).float(), scale)
 
 
 class Curves:

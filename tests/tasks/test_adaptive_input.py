@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from specs.schema.steps.finetune import FinetuneSpec
 from specs.schema.steps.prune import PruneSpec
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
+from tasks.adaptive_input.bands import Measured
+from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.information import unigram
+from tasks.adaptive_input.layout import index_bytes
 from tasks.adaptive_input.table import tables
 from tasks.compress.calibrate import outputs
 from tasks.compress.prune import prune
@@ -107,6 +112,25 @@ def test_an_output_layer_of_its_own(untied, text_data, tmp_path, head):
     assert ("lm_head" in result.left) == (head == "leave")
     if head == "separate":
         assert all(one["bytes"] <= about["budget"] / 2 for one in about["tables"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_tables_share_the_budget_by_what_they_cost_the_model(scale):
+    """Against every pair of options of one band."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(300, 8, generator=generator) * size for size in (1.0, 3.0)]
+    moments = [torch.eye(8, dtype=torch.float64) * size for size in (scale, 1.0)]
+    found = Measured(weights, [metric(8, one) for one in moments], unigram(np.ones(300, int)), (8, 4, 2, 1), 1)
+    options = [found.options[at][0, curves.segments] for at, curves in enumerate(found.curves)]
+    budget = sum(min(one.bytes for one in of) for of in options) + 1500
+    shares = [layout.layout.bytes for layout in found.allocate(budget + 2 * index_bytes(300)) or ()]
+    lost = [
+        (scale * found.curves[0].energy * one.cost + found.curves[1].energy * other.cost, one.bytes, other.bytes)
+        for one, other in itertools.product(*options)
+        if one.bytes + other.bytes <= budget
+    ]
+    assert [share - index_bytes(300) for share in shares] == list(min(lost)[1:])
+    assert (shares[0] > shares[1]) == (scale > 9)
 
 
 def test_contextual_information_moves_precision(request, tmp_path):
