@@ -48,6 +48,7 @@ from tasks.compress.calibrate import outputs
 from tasks.data import encode
 from tasks.data.encoded import Encoded
 from tasks.data.tokens import open_tokenizer
+from tasks.evaluate.format import size
 from tasks.finetune.finetune import finetune
 from tasks.models import load
 from tasks.models.origin import import_model
@@ -248,7 +249,7 @@ def from_scratch(given: argparse.Namespace, data: DataSpec, place: Callable[[str
     windows = windows.take(whole[np.linspace(0, len(whole) - 1, min(given.examples, len(whole))).astype(int)])
     core = open_tokenizer(start.out).core
     texts = [core.decode(row.tolist()) for row in np.asarray(windows.input_ids)]
-    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    words, read = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
     print(
         f"\n{given.vocabulary} tokens; {len(windows)} windows; every model trained for about {given.from_scratch} s\n"
     )
@@ -262,7 +263,7 @@ def from_scratch(given: argparse.Namespace, data: DataSpec, place: Callable[[str
         token = np.exp(lost / (len(windows) * (windows.length - 1)))
         print(
             f"| {name} | {sum(one.numel() for one in network.parameters()) / 1e6:.2f} M | {steps} | {spent:.0f} | "
-            f"{1 / min(paces[name]):.2f} | {token:.1f} | {np.exp(lost / words):.0f} | {lost / np.log(2) / size:.3f} |",
+            f"{1 / min(paces[name]):.2f} | {token:.1f} | {np.exp(lost / words):.0f} | {lost / np.log(2) / read:.3f} |",
             flush=True,
         )
 
@@ -273,11 +274,15 @@ def draw(curves: dict[str, list[tuple[int, float]]], what: str, file: Path) -> N
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1.2, label=name)
-    axes.set(xscale="log", yscale="symlog", xlabel="bytes of the table", ylabel=what)
+    axes.set(xscale="log", yscale="symlog", xlabel="the table", ylabel=what, ylim=(min(0, axes.dataLim.y0) - 0.5, None))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda bytes_, _: size(bytes_))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)
     figure.savefig(file, dpi=130)
@@ -316,12 +321,14 @@ def main() -> None:
         from_scratch(given, data, place)
         return
     trained = given.work / "trained" / "out"
-    size = trained_with(given)
+    fields = trained_with(given)
     if not (trained / "config.json").exists():
         start = place("baseline")
         if not (start.out / "config.json").exists():
             import_model(spec=BaselineSpec(uses="model", id="baseline", model=model), ctx=start)
-        spec = FinetuneSpec(uses="finetune", id="t", **size, max_steps=given.steps, eval_steps=max(given.steps // 6, 1))
+        spec = FinetuneSpec(
+            uses="finetune", id="t", **fields, max_steps=given.steps, eval_steps=max(given.steps // 6, 1)
+        )
         print(finetune(as_artifact(start.out), spec=spec, ctx=place("trained")).summary)
     windows = encode(data, "eval", task, trained, given.work / "store")
     if task == "text-generation":
@@ -338,7 +345,7 @@ def main() -> None:
 
     def row(name: str, bytes_: int, values: np.ndarray) -> None:
         text, change = shown(values, base, tokens, task)
-        curves.setdefault(name, []).append((bytes_, change))
+        curves.setdefault(name.partition(" int")[0], []).append((bytes_, change))
         print(f"| {name} | {bytes_ / 1000:.1f} kB | {whole_bytes / max(bytes_, 1):.1f} | {text} |", flush=True)
 
     def replaced(name: str, made: torch.Tensor, bytes_: int) -> None:
@@ -352,7 +359,7 @@ def main() -> None:
         )
     peers = {"plain SVD": svd, "GroupReduce": group_reduce(weight, counts), "product quantization": product}
     peers["quotient-remainder hashing"] = hashed(weight, counts)
-    training = {**size, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1)}
+    training = {**fields, "max_steps": given.heal, "eval_steps": max(given.heal // 4, 1)}
     for ratio in given.ratios:
         budget = int(whole_bytes / ratio)
         for name, peer in peers.items():
