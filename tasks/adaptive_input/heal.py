@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.steps.adaptive_input import HealSpec
 from tasks.adaptive_input import layout as plan
-from tasks.adaptive_input import rounding, table
+from tasks.adaptive_input import noise, rounding, table
 from tasks.adaptive_input.bands import Fitted
 from tasks.adaptive_input.places import Place
 from tasks.compress.teach import Comparison, Teaching
@@ -52,17 +52,25 @@ class Healing:
         teaching: compares the outputs.
         pairs: tables that learn, each with the dense one before the step.
         vectors: what the error of the vectors counts.
+        names: of what holds tokens in a batch.
+        tokens: those that disturb a batch; see ``tasks.adaptive_input.noise``.
+        noise: how much.
     """
 
     teaching: Teaching
     pairs: Sequence[tuple[Any, Tensor]]
     vectors: float
+    names: Sequence[str]
+    tokens: Tensor
+    noise: float
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.noise:
+            batch = noise.disturbed(batch, self.names, self.tokens, self.noise)
         total, weight = self.teaching(model, batch)
         if not self.vectors:
             return total, weight
-        ids = [batch[name] for name in ("input_ids", "labels") if name in batch and batch[name].ndim == 2]
+        ids = [batch[name] for name in self.names]
         for soft, dense in self.pairs:
             for one in ids:
                 tokens = one[(one >= 0) & (one < len(dense))].unique()
@@ -108,7 +116,10 @@ def heal(
         ctx.task, family_of(network.config), alpha=spec.alpha, temperature=spec.temperature, several=several
     )
     dense = [place.weight.float().to(ctx.device) for place, _ in found]
-    loss = Healing(Teaching(how, teacher), list(zip(softened, dense, strict=True)), spec.vectors)
+    names = [name for name, held in (("input_ids", data.input_ids), ("labels", data.target_ids)) if held is not None]
+    tokens = noise.ordinary(model.path, len(dense[0]))
+    pairs = list(zip(softened, dense, strict=True))
+    loss = Healing(Teaching(how, teacher), pairs, spec.vectors, names, tokens, spec.noise)
     ctx.note("healing")
     trained = train(network, data, spec, ctx, loss=loss)
     network.to("cpu")

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
+from tasks.data import encode
+from tasks.finetune.objective import task_loss
 from tasks.models import load as load_module
 from tests.support import TASKS_OF, as_artifact, context
 
@@ -32,3 +37,15 @@ def run(request, folder, family, **fields):
     ctx = context(folder, task_of(family), data_of(request, family))
     model = as_artifact(request.getfixturevalue(family))
     return ctx, adaptive_input(model, spec=spec_of(**fields), ctx=ctx)
+
+
+def loss_of(folder, ctx):
+    """The loss of the model in ``folder`` on the evaluation data."""
+    data = encode(ctx.data, "eval", ctx.task, folder, ctx.store)
+    batch = {
+        "input_ids": torch.from_numpy(np.array(data.input_ids, np.int64)),
+        "attention_mask": torch.from_numpy(np.array(data.attention_mask, np.int64)),
+    }
+    with torch.inference_mode():
+        total, weight = task_loss(ctx.task)(load(folder), batch)
+    return float(total / weight)

@@ -1,4 +1,4 @@
-"""The step ``adaptive_input``: what it writes and says, for every family, and that healing heals."""
+"""The step ``adaptive_input``: what it writes and says, for every family."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tasks.data import encode
 from tasks.evaluate.footprint import of_model
 from tasks.finetune.finetune import finetune
 from tests.support import as_artifact, context, tiny_model
-from tests.tasks.banded import load, run, spec_of, task_of
+from tests.tasks.banded import load, loss_of, run, spec_of, task_of
 
 FAMILIES = ("llama", "gpt2", "bert", "marian", "t5", "whisper")
 
@@ -152,7 +152,7 @@ def test_factors_are_trained_from_scratch(request, tmp_path):
     first, second = load_file(ctx.out / "model.safetensors"), load_file(after.out / "model.safetensors")
     learned = {name for name in first if name.endswith("_float") and not torch.equal(first[name], second[name])}
     assert learned == {name for name in first if name.endswith("_float")}
-    assert _loss(after.out, after) < _loss(ctx.out, ctx) - 1
+    assert loss_of(after.out, after) < loss_of(ctx.out, ctx) - 1
     network = load(after.out)
     ids = torch.tensor([[5, 6, 7]])
     assert network.generate(ids, max_new_tokens=4, do_sample=True, temperature=0.7, top_k=5).shape[1] > 3
@@ -170,7 +170,7 @@ def test_an_adaptive_softmax_is_one_distribution_that_trains_and_writes(request,
     after = dataclasses.replace(context(tmp_path / "b", "text-generation", data), store=ctx.store)
     training = FinetuneSpec(uses="finetune", id="t", max_steps=30, batch_size=16, learning_rate=1e-2, validation=0)
     finetune(as_artifact(ctx.out), spec=training, ctx=after)
-    assert _loss(after.out, after) < _loss(ctx.out, ctx) - 1
+    assert loss_of(after.out, after) < loss_of(ctx.out, ctx) - 1
     network = load(after.out)
     head = network.get_output_embeddings()
     assert len(head.table.layout.bands) > 1
@@ -242,43 +242,3 @@ def test_the_scores_of_a_large_vocabulary_are_computed_a_few_at_a_time(request, 
     for found, wanted in zip(information.surprise(network, data, 320), whole, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert shapes == [2, 2]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, text_data, llama):
-    """A llama that knows its text."""
-    ctx = context(tmp_path_factory.mktemp("trained"), "text-generation", text_data)
-    spec = FinetuneSpec(uses="finetune", id="t", max_steps=120, batch_size=16, learning_rate=1e-2, validation=0)
-    finetune(as_artifact(llama), spec=spec, ctx=ctx)
-    return ctx.out
-
-
-def _loss(folder, ctx):
-    from tasks.finetune.objective import task_loss
-
-    data = encode(ctx.data, "eval", ctx.task, folder, ctx.store)
-    batch = {
-        "input_ids": torch.from_numpy(np.array(data.input_ids, np.int64)),
-        "attention_mask": torch.from_numpy(np.array(data.attention_mask, np.int64)),
-    }
-    with torch.inference_mode():
-        total, weight = task_loss(ctx.task)(load(folder), batch)
-    return float(total / weight)
-
-
-def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
-    losses = {}
-    for name, heal in (
-        ("hurt", None),
-        ("healed", {"max_steps": 60, "batch_size": 16, "learning_rate": 5e-3, "trains": "model"}),
-    ):
-        ctx = context(tmp_path / name, "text-generation", text_data)
-        result = adaptive_input(as_artifact(trained), spec=spec_of(ratio="15x", bits=(1,), heal=heal), ctx=ctx)
-        losses[name] = _loss(ctx.out, ctx)
-        about = result.properties["adaptive_input"]
-        assert about["bytes"] <= about["budget"]
-        surprise = [band["surprise"] for band in about["tables"][0]["bands"] if band["surprise"]]
-        assert surprise
-        losses["dense"] = _loss(trained, ctx)
-    assert losses["hurt"] > losses["dense"] + 0.05
-    assert losses["healed"] - losses["dense"] < 0.5 * (losses["hurt"] - losses["dense"])

@@ -29,6 +29,12 @@ class HealSpec(TrainingSpec):
         default=0.0, description="share of the loss of the data; the rest is what the model before the step says"
     )
     temperature: float = Field(default=1.0, gt=0, le=100, description="the temperature at which outputs are compared")
+    noise: Share = Field(
+        default=0.1,
+        le=0.5,
+        description="share of the tokens that are replaced by others of the whole vocabulary, so that those which the "
+        "data hardly has are healed, too; there only what the model before the step makes of them counts",
+    )
     vectors: float = Field(
         default=0.1, ge=0, le=1000, description="what the squared error of the vectors counts beside the outputs"
     )
