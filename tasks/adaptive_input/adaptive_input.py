@@ -229,9 +229,10 @@ def _result(
 ) -> StepResult:
     tables = []
     warnings: list[str] = []
+    remedy = _remedy(spec)
     for place, one, bands in zip(found, fitted, quality, strict=True):
         tables.append({"table": place.name, "bytes": one.layout.bytes, "bands": [band.record() for band in bands]})
-        warnings += [f"{place.name}: {text}" for text in sacrificed(bands)]
+        warnings += [f"{place.name}: {text}" for text in sacrificed(bands, remedy)]
     bands = "; ".join(f"{name}: {', '.join(band.told() for band in bands)}" for name, bands in _named(found, quality))
     summary = (
         f"embedding {size(sizes.dense)} -> {size(sizes.stored)} ({sizes.dense / sizes.stored:.1f} times smaller), "
@@ -264,6 +265,14 @@ def _result(
         },
         warnings=tuple(warnings),
     )
+
+
+def _remedy(spec: AdaptiveInputSpec) -> str:
+    """What keeps more of the tokens' vectors than the step has kept."""
+    more = "a larger budget" if spec.ratio is None else "a smaller ratio"
+    if spec.method == "adaptive":
+        return f"{more} keeps more, and a finetune behind this step trains what was kept"
+    return f"{more} keeps more" if spec.heal is not None else f"{more} or heal keeps more"
 
 
 def _named(found: Sequence[Place], quality: Sequence[Sequence[BandQuality]]) -> list[tuple[str, Sequence[BandQuality]]]:

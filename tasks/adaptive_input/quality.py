@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from tasks.adaptive_input.information import Information
 
 _GIVEN_UP = 0.5
-"""Share of a band's energy whose loss is worth a warning."""
+"""A token whose error is above it has lost most of what its vector says."""
+
+_MANY = 0.25
+"""Share of a band's tokens that have, which is worth a warning."""
+
+_ALIKE = 0.01
+"""Share of a vector's energy below which what tells it apart is none: what identical vectors differ by is rounding."""
 
 _LOOKUPS = 60
 _BATCH = 32
@@ -35,7 +41,8 @@ class BandQuality:
         bytes: that it takes.
         text: share of the tokens of the training data that are of it.
         information: bits that one of them tells, on average over the band's occurrences.
-        error: energy of the difference of its vectors over that of the vectors, each token counted once.
+        error: the median of its tokens' own errors (``errors``): a few long vectors do not speak for the others.
+        lost: tokens whose own error is above a half.
         surprise: bits a token of it is foretold with on training examples, before and after; None without a decoder.
     """
 
@@ -44,6 +51,7 @@ class BandQuality:
     text: float
     information: float
     error: float
+    lost: int
     surprise: tuple[float, float] | None
 
     def record(self) -> dict[str, Any]:
@@ -53,8 +61,8 @@ class BandQuality:
     def told(self) -> str:
         """In a few words."""
         return (
-            f"{self.band.told()} ({self.text:.0%} of the text, {8 * self.bytes / self.band.count:.0f} bits each, error "
-            f"{self.error:.0%})"
+            f"{self.band.told()} ({self.text:.0%} of the text, {8 * self.bytes / self.band.count:.0f} bits each, median "
+            f"error {self.error:.0%})"
         )
 
 
@@ -73,11 +81,12 @@ def qualities(
     import torch
 
     with torch.no_grad():
-        wrong = (made.expanded() - dense.float()).double().square().sum(1).numpy()
-    energy = dense.double().square().sum(1).numpy()
+        got = made.expanded()
     found = []
     for number, band in enumerate(fitted.layout.bands):
-        own = (fitted.band_of == number).numpy()
+        tokens = fitted.band_of == number
+        own = tokens.numpy()
+        wrong = errors(dense[tokens], got[tokens])
         counts = told.counts[own] + 1
         surprise = None
         if before is not None and after is not None and before[1][own].sum():
@@ -88,21 +97,58 @@ def qualities(
                 band_bytes(band, fitted.layout.width),
                 float(told.counts[own].sum() / told.counts.sum()),
                 float((told.bits[own] * counts).sum() / counts.sum()),
-                float(wrong[own].sum() / max(energy[own].sum(), 1e-30)),
+                float(wrong.quantile(0.5)),
+                int((wrong > _GIVEN_UP).sum()),
                 surprise,  # type: ignore[arg-type]
             )
         )
     return found
 
 
-def sacrificed(bands: Sequence[BandQuality]) -> list[str]:
-    """What to say of bands that lost most of their vectors, or whose tokens are foretold far worse."""
+def errors(dense: Tensor, got: Tensor) -> Tensor:
+    """How much each token of a band has lost: the squared error of its vector over the energy of what tells it apart,
+    which is its difference from what the band has in common. A mean is stored of every band; were its energy counted,
+    a band of which nothing else is left would seem to be there.
+
+    Args:
+        dense: the vectors before, float [N, D].
+        got: those after.
+
+    Returns:
+        float64 [N]; 0 for a vector of zeros, which says nothing.
+    """
+    import torch
+
+    with torch.no_grad():
+        dense = dense.float()
+        lengths = _squared(dense).sqrt()
+        # A vector of many times the typical length must not make up what all have in common.
+        most = 2 * lengths.median()
+        common = (dense * (most / lengths.clamp_min(1e-30)).clamp_max(1)[:, None].float()).mean(0)
+        apart = torch.maximum(_squared(dense - common), _ALIKE * lengths.square())
+        return torch.where(lengths > 0, _squared(got - dense) / apart.clamp_min(1e-60), 0.0)
+
+
+def _squared(vectors: Tensor) -> Tensor:
+    """The energy of each row, float64."""
+    import torch
+
+    return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).square()
+
+
+def sacrificed(bands: Sequence[BandQuality], remedy: str) -> list[str]:
+    """What to say of bands many of whose tokens lost most of their vectors, or whose tokens are foretold far worse.
+
+    Args:
+        bands: of a table.
+        remedy: what keeps more of the vectors.
+    """
     said = []
     for band in bands:
-        if band.error > _GIVEN_UP:
+        if band.lost >= _MANY * band.band.count:
             said.append(
-                f"{band.band.count} tokens, {band.text:.2%} of the text, lost {band.error:.0%} of what their vectors "
-                "say; a larger budget or heal keeps more"
+                f"{band.lost} of {band.band.count} tokens, of a band with {band.text:.2%} of the text, lost more than "
+                f"half of what tells their vectors apart (median {band.error:.0%}); {remedy}"
             )
         if band.surprise is not None and band.surprise[1] > band.surprise[0] + 1:
             said.append(

@@ -1,0 +1,86 @@
+"""What the step ``adaptive_input`` says of its own quality: robust errors, advice that fits, plots, and sizes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tasks.adaptive_input.adaptive_input import adaptive_input
+from tasks.adaptive_input.quality import errors
+from tasks.adaptive_input.table import tables
+from tests.support import as_artifact, context
+from tests.tasks.banded import load, run, spec_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_an_error_is_of_what_tells_a_token_apart():
+    torch.manual_seed(0)
+    apart, noise = torch.randn(2, 200, 16)
+    torch.testing.assert_close(errors(apart, torch.zeros(200, 16)).median().item(), 1.0, atol=0.02, rtol=0)
+    # What all have in common is kept by a mean: it must not speak for what is lost beside it.
+    torch.testing.assert_close(errors(apart + 9, torch.full((200, 16), 9.0)).median().item(), 1.0, atol=0.03, rtol=0)
+    half = errors(apart + 9, apart + 9 + 0.5 * noise).median()
+    assert 0.2 < half < 0.3
+    # Nor may a few long vectors, by their own energy or by their part of the mean.
+    long = apart.clone()
+    long[:3] *= 1000
+    kept = torch.zeros_like(long)
+    kept[:3] = long[:3]
+    found = errors(long, kept)
+    assert found[:3].max() < 1e-6
+    torch.testing.assert_close(found[3:].median().item(), 1.0, atol=0.1, rtol=0)
+
+
+def test_vectors_that_say_nothing_lose_nothing():
+    alike = torch.randn(1, 16).expand(20, 16)
+    assert errors(alike, alike.half().float()).max() < 1e-3
+    zeros = torch.zeros(20, 16)
+    assert errors(zeros, zeros + 1).tolist() == [0.0] * 20
+
+
+def _changed(source, folder, change):
+    """A copy of the GPT-2 at ``source`` whose table of tokens ``change`` has changed in place."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    (name,) = [name for name in state if name.endswith("wte.weight")]
+    state[name] = state[name].clone()
+    change(state[name])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_one_long_vector_does_not_hide_what_the_others_of_its_band_lost(gpt2, text_data, tmp_path):
+    def lengthen(table):
+        table[300] *= 30 * table.norm(dim=1).mean() / table[300].norm()
+
+    model = _changed(gpt2, tmp_path / "model", lengthen)
+    ctx = context(tmp_path, "text-generation", text_data.model_copy(update={"train_limit": 24}))
+    result = adaptive_input(as_artifact(model), spec=spec_of(ratio="14x", bits=(1, 4), bands=5), ctx=ctx)
+    (made,), dense = tables(load(ctx.out)), load(model).get_input_embeddings().weight
+    number = int(made.band_of[300])
+    others = (made.band_of == number) & (torch.arange(320) != 300)
+    lost = ((made.expanded() - dense)[others].square().sum() / dense[others].square().sum()).item()
+    band = result.properties["adaptive_input"]["tables"][0]["bands"][number]
+    assert lost > 0.5
+    assert band["error"] == pytest.approx(lost, abs=0.1)
+    assert f"median error {band['error']:.0%}" in result.summary
+    (said,) = [text for text in result.warnings if f"{band['lost']} of {band['band']['count']} tokens" in text]
+    assert said.endswith("; a smaller ratio or heal keeps more")
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"method": "adaptive", "bits": None, "ratio": "3.4x"}, "a smaller ratio keeps more, and a finetune behind"),
+        ({"budget": "2 KiB", "bits": (1,), "heal": {"max_steps": 1, "batch_size": 2}}, "; a larger budget keeps more"),
+    ],
+)
+def test_the_advice_is_one_that_can_be_followed(request, tmp_path, fields, advice):
+    _, result = run(request, tmp_path, "gpt2", **fields)
+    said = [text for text in result.warnings if "vectors apart" in text]
+    assert said
+    assert all(advice in text and "heal" not in text for text in said)
