@@ -15,7 +15,7 @@ from tasks.adaptive_input.curves import metric
 from tasks.adaptive_input.layout import softmax_bytes
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
-from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
+from tasks.adaptive_input.quality import BandQuality, Drawn, lookup_ratio, plots, qualities, sacrificed
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.evaluate.format import size
 from tasks.registry import step
@@ -100,7 +100,8 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     ]
     with ctx.exclusive():
         slower = lookup_ratio(weights[0], hard[0], ctx.data.max_length, ctx.seed)
-    for name, content in plots(measured, fitted[0], told, quality[0], budget).items():
+    drawn = [Drawn(place.name, at, fitted[at], quality[at]) for at, place in enumerate(found)]
+    for name, content in plots(measured, drawn, told).items():
         (ctx.out / name).write_bytes(content)
     return _result(spec, found, fitted, quality, left, _Sizes(dense, stored, budget, slower), healed)
 

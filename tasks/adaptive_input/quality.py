@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.adaptive_input.layout import Band, band_bytes
+from tasks.evaluate.format import size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +62,8 @@ class BandQuality:
     def told(self) -> str:
         """In a few words."""
         return (
-            f"{self.band.told()} ({self.text:.0%} of the text, {8 * self.bytes / self.band.count:.0f} bits each, median "
-            f"error {self.error:.0%})"
+            f"{self.band.told()} ({self.text:.0%} of the text, {8 * self.bytes / self.band.count:.0f} bits each, "
+            f"median error {self.error:.0%})"
         )
 
 
@@ -183,45 +184,76 @@ def lookup_ratio(dense: Tensor, made: Any, length: int, seed: int) -> float:
     return statistics.median(spent[1]) / max(statistics.median(spent[0]), 1e-9)
 
 
-def plots(
-    measured: Measured, fitted: Fitted, told: Information, quality: Sequence[BandQuality], budget: int
-) -> dict[str, bytes]:
-    """``adaptive_input.svg`` and ``.png``: information and stored bits by rank of the token, bytes against text, and
-    the error that the least bytes leave, with the budget marked."""
+@dataclass(frozen=True)
+class Drawn:
+    """A table to draw: its name, its place in ``Measured``, the bands that were chosen, and what they are worth."""
+
+    name: str
+    at: int
+    fitted: Fitted
+    quality: Sequence[BandQuality]
+
+
+def plots(measured: Measured, drawn: Sequence[Drawn], told: Information) -> dict[str, bytes]:
+    """``adaptive_input.svg`` and ``.png``, a row for each table: information and stored bits by rank of the token,
+    bytes against text, and the weighted error that the least bytes leave, with the table's own bytes marked."""
     import matplotlib
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width = fitted.layout.width
-    ranks = np.arange(1, fitted.layout.rows + 1)
-    stored = np.zeros(len(ranks))
-    size = np.zeros(len(ranks))
-    for number, band in enumerate(quality):
-        own = (fitted.band_of[measured.order] == number).numpy()
-        stored[own] = 8 * band.bytes / band.band.count
-        size[own] = band.bytes / band.band.count
-    text = np.cumsum(told.counts[told.order]) / told.counts.sum()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(10.8, 3.4), layout="constrained")
+        figure = Figure(figsize=(10.8, 3.6 * len(drawn)), layout="constrained")
         FigureCanvasAgg(figure)
-        left, middle, right = figure.subplots(1, 3)
-        left.plot(ranks, told.bits[told.order], color="#3b6fd4", lw=1, label="information, bits")
-        left.plot(ranks, stored / width, color="#c2452d", lw=1.4, label="stored bits a dimension")
-        left.set(xscale="log", yscale="log", xlabel="token by weight", ylabel="bits")
-        left.legend(fontsize=7)
-        middle.plot(text, np.cumsum(size) / size.sum(), color="#0f8f6f", lw=1.4)
-        middle.plot([0, 1], [0, 1], color="#999999", lw=0.6)
-        middle.set(xlabel="share of the text", ylabel="share of the embedding's bytes")
-        sizes, costs = measured.frontier(0)
-        right.plot(np.array(sizes) / 1024, np.array(costs) * 100, color="#3b6fd4", lw=1.4)
-        right.axvline(budget / 1024, color="#c2452d", lw=1, ls="--")
-        right.set(xscale="log", yscale="log", xlabel="KiB", ylabel="weighted error, %")
-        for axes in (left, middle, right):
-            axes.grid(alpha=0.25, linewidth=0.6)
+        for panels, one in zip(figure.subplots(len(drawn), 3, squeeze=False), drawn, strict=True):
+            _draw_tokens(panels[0], panels[1], measured, one, told)
+            _draw_error(panels[2], measured.frontier(one.at), one.fitted.layout.bytes)
+            panels[0].set_title(one.name, loc="left", fontsize=9)
+            for axes in panels:
+                axes.grid(alpha=0.25, linewidth=0.6)
         svg, png = io.BytesIO(), io.BytesIO()
         nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=nothing)
         software: Any = {"Software": None}
         figure.savefig(png, format="png", dpi=130, metadata=software)
     return {"adaptive_input.svg": svg.getvalue(), "adaptive_input.png": png.getvalue()}
+
+
+def _draw_tokens(left: Any, middle: Any, measured: Measured, one: Drawn, told: Information) -> None:
+    """Bits by token, and the share of the bytes that the most frequent part of the text takes."""
+    import numpy as np
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ranks = np.arange(1, one.fitted.layout.rows + 1)
+    size_of = np.zeros(len(ranks))
+    for number, band in enumerate(one.quality):
+        size_of[(one.fitted.band_of[measured.order] == number).numpy()] = band.bytes / band.band.count
+    text = np.cumsum(told.counts[told.order]) / told.counts.sum()
+    stored = 8 * size_of / one.fitted.layout.width
+    left.plot(ranks, told.bits[told.order], color="#3b6fd4", lw=1, label="information, bits")
+    left.plot(ranks, stored, color="#c2452d", lw=1.4, label="stored bits a dimension")
+    left.set(xscale="log", yscale="log", xlabel="token by weight", ylabel="bits")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(lambda bits, _: f"{bits:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
+    left.legend(fontsize=7)
+    middle.plot(text, np.cumsum(size_of) / size_of.sum(), color="#0f8f6f", lw=1.4)
+    middle.plot([0, 1], [0, 1], color="#999999", lw=0.6)
+    middle.set(xlabel="share of the text", ylabel="share of the table's bytes")
+
+
+def _draw_error(axes: Any, frontier: tuple[Sequence[int], Sequence[float]], own: int) -> None:
+    """The least weighted error by bytes. No logarithm shows an error of nothing: it is left out, and of a table without
+    any the axis is plain."""
+    from matplotlib.ticker import NullLocator
+
+    points = [(taken, 100 * cost) for taken, cost in zip(*frontier, strict=True)]
+    some = [point for point in points if point[1] > 0]
+    axes.plot(*zip(*(some or points), strict=True), color="#3b6fd4", lw=1.4)
+    axes.axvline(own, color="#c2452d", lw=1, ls="--", label=f"this table, {size(own)}")
+    axes.set(xscale="log", yscale="log" if some else "linear", xlabel="bytes of the table")
+    axes.set_ylabel("weighted error, %\n(tokens by weight, directions\nby what the outputs feel of them)", fontsize=8)
+    ends = (min(own, points[0][0]), max(own, points[-1][0]))
+    ticks = dict.fromkeys(float(f"{ends[0] * (ends[1] / ends[0]) ** (at / 3):.2g}") for at in range(4))
+    axes.set_xticks(list(ticks), [size(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(fontsize=7)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tasks.adaptive_input import quality
 from tasks.adaptive_input.adaptive_input import adaptive_input
 from tasks.adaptive_input.quality import errors
 from tasks.adaptive_input.table import tables
-from tests.support import as_artifact, context
+from tasks.evaluate.format import size
+from tests.support import as_artifact, context, tiny_model
 from tests.tasks.banded import load, run, spec_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,3 +87,42 @@ def test_the_advice_is_one_that_can_be_followed(request, tmp_path, fields, advic
     said = [text for text in result.warnings if "vectors apart" in text]
     assert said
     assert all(advice in text and "heal" not in text for text in said)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("untied"), "llama", "text-generation", tie_word_embeddings=False)
+
+
+def test_every_table_is_drawn_with_its_own_bytes(untied, text_data, tmp_path):
+    ctx = context(tmp_path, "text-generation", text_data.model_copy(update={"train_limit": 24}))
+    about = adaptive_input(as_artifact(untied), spec=spec_of(ratio="6x"), ctx=ctx).properties["adaptive_input"]
+    drawn = (ctx.out / "adaptive_input.svg").read_text()
+    assert len(about["tables"]) == 2
+    for one in about["tables"]:
+        assert one["table"] in drawn
+        assert f"this table, {size(one['bytes'])}" in drawn
+
+
+@pytest.mark.parametrize(
+    ("sizes", "costs"),
+    [
+        ([2000 * 1.3**step for step in range(15)], [0.4**step for step in range(15)]),
+        ([11000, 12500, 14000, 17000], [0.5, 0.3, 0.1, 0.0]),
+        ([2000, 9000], [0.0, 0.0]),
+        ([2**22], [0.1]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_the_sizes_under_the_plot_can_be_read(sizes, costs):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    quality._draw_error(axes, (sizes, costs), int(sizes[len(sizes) // 2]))
+    figure.canvas.draw()
+    labels = [label.get_window_extent() for label in axes.get_xticklabels(which="both") if label.get_text()]
+    assert len(labels) >= min(len(sizes), 2)
+    assert all(one.x1 + 3 < other.x0 for one, other in itertools.pairwise(labels))
