@@ -12,6 +12,7 @@ from tasks.adaptive_input import information as info
 from tasks.adaptive_input import softmax, table
 from tasks.adaptive_input.bands import Fitted, Measured
 from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.in_exports import Exported, grown
 from tasks.adaptive_input.layout import softmax_bytes
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
@@ -31,6 +32,10 @@ _SALT = 0x74757266
 
 _JUDGED = 64
 """Training examples on which each band's tokens are foretold before and after."""
+
+
+_SLOW = 1.25
+"""Times the dense table's lookup that are worth a warning: of small tables a tenth more or less is noise."""
 
 
 @step(
@@ -243,11 +248,15 @@ def _result(
         summary += f"; healed: {healed}"
     if spec.softmax == "adaptive" and max(len(one.layout.bands) for one in fitted) == 1:
         warnings.append("one band loses least, over which an adaptive softmax is a full one; write another ratio")
-    in_int8 = sum(band.rank * band.count for one in fitted for band in one.layout.bands)
-    if in_int8 > sizes.budget and spec.method == "banded":
+    exported = [
+        Exported(one.layout, bool(place.embeddings), bool(place.heads))
+        for place, one in zip(found, fitted, strict=True)
+    ]
+    warnings += grown(exported, spec, sizes.dense / sizes.budget)
+    if sizes.slower > _SLOW:
         warnings.append(
-            f"a LiteRT file in int8 gives every number of a row 8 bits, {size(in_int8)} in all and above the budget of "
-            f"{size(sizes.budget)}; write bits: [8] where it has to hold there"
+            f"a lookup takes {sizes.slower:.2f} times as long as in the dense table, measured on this machine in one "
+            "thread; the latencies in the report say whether the model feels it"
         )
     return StepResult(
         kind="model",

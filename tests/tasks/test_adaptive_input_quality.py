@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 
 import pytest
@@ -126,3 +127,22 @@ def test_the_sizes_under_the_plot_can_be_read(sizes, costs):
     labels = [label.get_window_extent() for label in axes.get_xticklabels(which="both") if label.get_text()]
     assert len(labels) >= min(len(sizes), 2)
     assert all(one.x1 + 3 < other.x0 for one, other in itertools.pairwise(labels))
+
+
+def test_an_export_that_grows_and_a_slow_lookup_are_warned_of(text_data, tmp_path, monkeypatch):
+    model = tiny_model(tmp_path, "llama", "text-generation", hidden_size=64, intermediate_size=64)
+    data = text_data.model_copy(update={"train_limit": 24})
+
+    def warned(name, slower, **fields):
+        monkeypatch.setattr("tasks.adaptive_input.adaptive_input.lookup_ratio", lambda *given: slower)
+        ctx = context(tmp_path / name, "text-generation", data)
+        return adaptive_input(as_artifact(model), spec=spec_of(bands=2, **fields), ctx=ctx).warnings
+
+    said = warned("a", 1.31, ratio="3.9x", bits=(16, 8, 6, 4))
+    (grown,) = [text for text in said if "an export holds more" in text]
+    assert all(name in grown for name in ("ONNX int8-dynamic", "LiteRT float32"))
+    assert any("1.31 times as long" in text for text in said)
+    advised = re.search(r"write bits: \[8\] and ratio: ([0-9.]+)x or more", grown)
+    assert advised
+    said = warned("b", 1.2, ratio=float(advised[1]), bits=(8,))
+    assert not [text for text in said if "an export holds" in text or "as long" in text]
