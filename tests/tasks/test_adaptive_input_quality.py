@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import shutil
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input import quality
 from tasks.adaptive_input.adaptive_input import adaptive_input
 from tasks.adaptive_input.quality import errors
 from tasks.adaptive_input.table import tables
+from tasks.compress.quantize import quantize
 from tasks.evaluate.format import size
 from tests.support import as_artifact, context, tiny_model
 from tests.tasks.banded import load, run, spec_of
@@ -146,3 +149,24 @@ def test_an_export_that_grows_and_a_slow_lookup_are_warned_of(text_data, tmp_pat
     assert advised
     said = warned("b", 1.2, ratio=float(advised[1]), bits=(8,))
     assert not [text for text in said if "an export holds" in text or "as long" in text]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"ratio": 2.5, "method": "adaptive", "bits": None}, "factors stay in float32 (method: adaptive)"),
+        ({"ratio": "5x"}, "bands of bits of their own"),
+    ],
+)
+def test_quantize_names_the_table_that_it_leaves(request, tmp_path, fields, reason):
+    ctx, _ = run(request, tmp_path / "a", "gpt2", **fields)
+    for precision in ("int8-dynamic", "fp16"):
+        after = dataclasses.replace(context(tmp_path / precision, "text-generation", ctx.data), store=ctx.store)
+        spec = QuantizeSpec.model_validate({"uses": "quantize", "id": "q", "precision": precision})
+        result = quantize(as_artifact(ctx.out), spec=spec, ctx=after)
+        assert result.left.keys() >= {"transformer.wte", "lm_head"}
+        assert reason in result.left["transformer.wte"]
+        assert "transformer.wte: its tokens are in bands" in result.summary
+        assert not [name for name in result.touched if ".table." in name]
+        kept, made = load_file(ctx.out / "model.safetensors"), load_file(after.out / "model.safetensors")
+        assert all(made[name].dtype == kept[name].dtype for name in kept if ".table." in name)
