@@ -12,10 +12,11 @@ from tasks.adaptive_input import information as info
 from tasks.adaptive_input import softmax, table
 from tasks.adaptive_input.bands import Fitted, Measured
 from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.in_exports import Exported, grown
 from tasks.adaptive_input.layout import softmax_bytes
 from tasks.adaptive_input.places import Place, places
 from tasks.adaptive_input.preflight import budget_of, look, refuses, too_large, too_small
-from tasks.adaptive_input.quality import BandQuality, lookup_ratio, plots, qualities, sacrificed
+from tasks.adaptive_input.quality import BandQuality, Drawn, lookup_ratio, plots, qualities, sacrificed
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.evaluate.format import size
 from tasks.registry import step
@@ -31,6 +32,10 @@ _SALT = 0x74757266
 
 _JUDGED = 64
 """Training examples on which each band's tokens are foretold before and after."""
+
+
+_SLOW = 1.25
+"""Times the dense table's lookup that are worth a warning: of small tables a tenth more or less is noise."""
 
 
 @step(
@@ -100,7 +105,8 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     ]
     with ctx.exclusive():
         slower = lookup_ratio(weights[0], hard[0], ctx.data.max_length, ctx.seed)
-    for name, content in plots(measured, fitted[0], told, quality[0], budget).items():
+    drawn = [Drawn(place.name, at, fitted[at], quality[at]) for at, place in enumerate(found)]
+    for name, content in plots(measured, drawn, told).items():
         (ctx.out / name).write_bytes(content)
     return _result(spec, found, fitted, quality, left, _Sizes(dense, stored, budget, slower), healed)
 
@@ -229,9 +235,10 @@ def _result(
 ) -> StepResult:
     tables = []
     warnings: list[str] = []
+    remedy = _remedy(spec)
     for place, one, bands in zip(found, fitted, quality, strict=True):
         tables.append({"table": place.name, "bytes": one.layout.bytes, "bands": [band.record() for band in bands]})
-        warnings += [f"{place.name}: {text}" for text in sacrificed(bands)]
+        warnings += [f"{place.name}: {text}" for text in sacrificed(bands, remedy)]
     bands = "; ".join(f"{name}: {', '.join(band.told() for band in bands)}" for name, bands in _named(found, quality))
     summary = (
         f"embedding {size(sizes.dense)} -> {size(sizes.stored)} ({sizes.dense / sizes.stored:.1f} times smaller), "
@@ -241,11 +248,15 @@ def _result(
         summary += f"; healed: {healed}"
     if spec.softmax == "adaptive" and max(len(one.layout.bands) for one in fitted) == 1:
         warnings.append("one band loses least, over which an adaptive softmax is a full one; write another ratio")
-    in_int8 = sum(band.rank * band.count for one in fitted for band in one.layout.bands)
-    if in_int8 > sizes.budget and spec.method == "banded":
+    exported = [
+        Exported(one.layout, bool(place.embeddings), bool(place.heads))
+        for place, one in zip(found, fitted, strict=True)
+    ]
+    warnings += grown(exported, spec, sizes.dense / sizes.budget)
+    if sizes.slower > _SLOW:
         warnings.append(
-            f"a LiteRT file in int8 gives every number of a row 8 bits, {size(in_int8)} in all and above the budget of "
-            f"{size(sizes.budget)}; write bits: [8] where it has to hold there"
+            f"a lookup takes {sizes.slower:.2f} times as long as in the dense table, measured on this machine in one "
+            "thread; the latencies in the report say whether the model feels it"
         )
     return StepResult(
         kind="model",
@@ -264,6 +275,14 @@ def _result(
         },
         warnings=tuple(warnings),
     )
+
+
+def _remedy(spec: AdaptiveInputSpec) -> str:
+    """What keeps more of the tokens' vectors than the step has kept."""
+    more = "a larger budget" if spec.ratio is None else "a smaller ratio"
+    if spec.method == "adaptive":
+        return f"{more} keeps more, and a finetune behind this step trains what was kept"
+    return f"{more} keeps more" if spec.heal is not None else f"{more} or heal keeps more"
 
 
 def _named(found: Sequence[Place], quality: Sequence[Sequence[BandQuality]]) -> list[tuple[str, Sequence[BandQuality]]]:

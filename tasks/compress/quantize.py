@@ -10,7 +10,7 @@ from specs.schema.base import Task
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.compress.calibrate import outputs
 from tasks.compress.few_bits import few_bits
-from tasks.compress.selection import reasons
+from tasks.compress.selection import banded, reasons
 from tasks.context import Artifact, StepContext, StepError, StepResult
 from tasks.registry import step
 
@@ -64,7 +64,7 @@ def quantize(model: Artifact, *, spec: QuantizeSpec, ctx: StepContext) -> StepRe
     before = outputs(network, data)
     earlier, properties, warnings = read_extras(model.path).transforms, {}, []
     if spec.halves:
-        touched, left = halve(network, spec.stored), {}
+        touched, left = halve(network, spec.stored), banded(network)
         save(network, ctx.out, tokenizer_from=model.path, transforms=earlier, compute_dtype="float32")
         summary = f"stored {len(touched)} tensors as {spec.stored}"
     else:
@@ -106,7 +106,7 @@ def quantize(model: Artifact, *, spec: QuantizeSpec, ctx: StepContext) -> StepRe
 
 
 def halve(network: nn.Module, precision: str) -> tuple[str, ...]:
-    """Convert the model to fp16 or bf16 in place; the names of the tensors converted.
+    """Convert the model to fp16 or bf16 in place; the names of the tensors converted. Tables in bands keep their types.
 
     Raises:
         StepError: a weight is beyond fp16's range.
@@ -115,8 +115,9 @@ def halve(network: nn.Module, precision: str) -> tuple[str, ...]:
 
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     names = []
+    kept = tuple(f"{name}.table." for name in banded(network))
     for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.startswith(kept):
             largest = float(tensor.abs().max()) if tensor.numel() else 0.0
             if largest > torch.finfo(dtype).max:
                 raise StepError(f"{name} holds {largest:.3g}, beyond the range of {precision}; write precision: bf16")

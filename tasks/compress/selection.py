@@ -73,11 +73,12 @@ def select(network: nn.Module, skip: Sequence[str] = (), tables: bool = True) ->
 
     from tasks.models.layout import embeddings, linear_layers, tied_weights
 
-    linear, found_tables = linear_layers(network), embeddings(network)
+    linear, found_tables, in_bands = linear_layers(network), embeddings(network), banded(network)
     modules: dict[str, Any] = {found.name: found.module for found in (*linear, *found_tables)}
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise StepError(f"skip: {pattern!r} matches no linear layer and no embedding; {nearest(pattern, modules)}")
+        known = (*modules, *in_bands)
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise StepError(f"skip: {pattern!r} matches no linear layer and no embedding; {nearest(pattern, known)}")
     ties = tied_weights(network)
     owner = {name: ties.get(_weight(name), _weight(name)) for name in modules}
     rows_times = {table.name: table.factor for table in found_tables}
@@ -99,13 +100,28 @@ def select(network: nn.Module, skip: Sequence[str] = (), tables: bool = True) ->
     return Selection(
         layers=tuple(layer.name for layer in linear if layer.name not in left),
         embeddings=tuple(table.name for table in found_tables if table.name not in left),
-        left=left,
+        left=left | in_bands,
         owner=owner,
         linear=len(linear),
         tables=len(found_tables),
         transposed=frozenset(layer.name for layer in linear if layer.kind == "conv1d"),
         factors={name: factor for name, factor in rows_times.items() if factor is not None},
     )
+
+
+def banded(network: nn.Module) -> dict[str, str]:
+    """The embeddings and output layers whose tokens ``adaptive_input`` has put into bands, each with why it is left."""
+    from tasks.adaptive_input.rounding import FLOAT
+    from tasks.adaptive_input.table import tables
+
+    trained = {id(table): table.layout.bands[0].most == FLOAT for table in tables(network)}
+    return {
+        name: "its tokens are in bands, whose factors stay in float32 (method: adaptive)"
+        if trained[id(module.table)]
+        else "its tokens are in bands of bits of their own"
+        for name, module in network.named_modules()
+        if id(getattr(module, "table", None)) in trained
+    }
 
 
 def rows_of(network: nn.Module, selection: Selection, name: str) -> Tensor:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input.adaptive_input import adaptive_input
+from tasks.adaptive_input.in_exports import FORMS, Exported
+from tasks.adaptive_input.table import tables
 from tasks.context import StepResult
 from tasks.export import graph
+from tasks.models import load
 from tests.support import as_artifact
 from tests.tasks import exported
 
@@ -51,6 +55,11 @@ def test_a_decoder_scores_and_writes_from_its_bands():
     assert {"prefill", "decode"} < set(result.properties["signatures"])
     dense, _ = exported.export("gpt2", "int8-dynamic")
     assert constants(folder) < constants(dense)
+    # What the step foresees of an export is what is saved.
+    (made,), form = tables(load(banded("gpt2")[0])), FORMS[1]
+    foreseen = Exported(made.layout, looked_up=True, scored=True)
+    saved = constants(dense) - constants(folder)
+    assert saved == pytest.approx(foreseen.dense(form) - foreseen.held(form), rel=0.15)
     ids, mask = exported.examples("gpt2")
     logits = exported.lite_logits(folder, ids[:2], mask[:2])
     assert np.isfinite(logits).all()
