@@ -149,9 +149,13 @@ def band_bytes(band: Band, width: int) -> int:
     return mean + rows + projection + 2 * band.rank + 3 * _HEADER
 
 
-def least_bytes(rows: int, width: int, bits: Sequence[int]) -> int:
-    """Bytes of the smallest table of ``rows`` tokens: one band, the least rank, the fewest bits."""
-    return index_bytes(rows) + min(band_bytes(least_band(rows, width, each), width) for each in bits)
+def least_bytes(rows: int, width: int, bits: Sequence[int], bands: int = 1) -> int:
+    """Bytes of the smallest table of ``rows`` tokens in so many bands: the least rank, the fewest bits."""
+    counts = [rows // bands] * (bands - 1)
+    counts.append(rows - sum(counts))
+    return index_bytes(rows) + min(
+        sum(band_bytes(least_band(count, width, each), width) for count in counts) for each in bits
+    )
 
 
 def least_band(count: int, width: int, bits: int) -> Band:

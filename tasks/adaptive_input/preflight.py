@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.schema.base import Task
 from specs.schema.steps.adaptive_input import AdaptiveInputSpec
+from tasks.adaptive_input.curves import SMALLEST
 from tasks.adaptive_input.layout import least_bytes, softmax_bytes
 from tasks.evaluate.format import size
 
@@ -53,11 +54,19 @@ def budget_of(spec: AdaptiveInputSpec, dense: int) -> int:
 
 
 def too_small(spec: AdaptiveInputSpec, shapes: list[tuple[int, int]]) -> str | None:
-    """Why tables of ``shapes`` (rows, width) cannot be as small as is asked for; None where they can."""
+    """Why tables of ``shapes`` (rows, width), that of the output layer last, cannot be as small as is asked for; None
+    where they can."""
     dense = sum(4 * rows * width for rows, width in shapes)
     least = sum(least_bytes(rows, width, spec.widths) for rows, width in shapes)
     if spec.softmax == "adaptive":
-        least += softmax_bytes(spec.bands, shapes[0][1])
+        rows, width = shapes[-1]
+        if rows < 2 * SMALLEST:
+            return (
+                f"softmax: adaptive is over two bands of {SMALLEST} tokens at least, and the vocabulary has {rows}; "
+                "leave softmax out"
+            )
+        least += least_bytes(rows, width, spec.widths, 2) - least_bytes(rows, width, spec.widths)
+        least += softmax_bytes(spec.bands, width)
     budget = budget_of(spec, dense)
     if budget >= least:
         return None
