@@ -11,14 +11,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from specs.schema.base import FieldError
-from specs.schema.pipeline import DataSpec, ModelSpec
+from specs.schema.graph import build
+from specs.schema.pipeline import DataSpec, ModelSpec, PipelineSpec
 from tasks.adaptive_input.preflight import look
 from tasks.adaptive_input.table import tables
 from tasks.context import StepError
 from tasks.data import encode
 from tasks.look import look as plan
 from tasks.models.support import supports
-from tests.support import context, write_jsonl
+from tests.support import context, tiny_config, write_jsonl
 from tests.tasks.banded import load, run, spec_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +46,66 @@ def test_bad_budgets_are_refused_before_the_work(request, tmp_path):
     ctx, result = run(request, tmp_path / "c", "gpt2", budget="1 MiB", allow_noop=True)
     assert "asks for nothing" in result.summary
     assert not tables(load(ctx.out))
+
+
+@pytest.mark.parametrize(
+    ("width", "bytes"),
+    [
+        ({"model_type": "albert", "embedding_size": 32, "hidden_size": 128}, 81_920),
+        ({"model_type": "roformer", "embedding_size": None, "hidden_size": 128}, 327_680),
+        (
+            {"model_type": "rembert", "input_embedding_size": 32, "output_embedding_size": 64, "hidden_size": 128},
+            81_920,
+        ),
+        ({"model_type": "opt", "word_embed_proj_dim": 32, "hidden_size": 128}, 81_920),
+        ({"model_type": "xlm", "emb_dim": 32}, 81_920),
+    ],
+)
+def test_the_plan_knows_the_width_of_the_table_where_it_is_not_the_models(width, bytes):
+    config = {"vocab_size": 640} | width
+    assert look(spec_of(budget=bytes - 1), config, "text-classification", 32) == ([], [])
+    problems, _ = look(spec_of(budget=bytes), config, "text-classification", 32)
+    assert "nothing is to be done" in problems[0]
+
+
+def test_the_plan_knows_an_output_layer_of_another_width_than_the_table():
+    config = {"vocab_size": 640, "input_embedding_size": 32, "output_embedding_size": 64, "tie_word_embeddings": False}
+    assert look(spec_of(budget=4 * 640 * 96 - 1), config, "text-generation", 32) == ([], [])
+    assert look(spec_of(budget=4 * 640 * 96), config, "text-generation", 32)[0]
+
+
+def test_the_plan_says_where_factors_do_not_pay():
+    config = {"vocab_size": 4096, "hidden_size": 64, "tie_word_embeddings": True}
+    adaptive = {"ratio": 3.0, "method": "adaptive", "bits": None}
+    problems, (remark,) = look(spec_of(**adaptive), config, "text-generation", 32)
+    assert problems == []
+    assert "worse than a dense table after as long a training" in remark
+    assert "write softmax: adaptive" in remark
+    assert look(spec_of(**adaptive, softmax="adaptive"), config, "text-generation", 32) == ([], [])
+    assert look(spec_of(**adaptive, head="leave"), config, "text-generation", 32) == ([], [])
+    assert look(spec_of(**adaptive), config, "text-classification", 32) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("behind", "warned"),
+    [
+        ([], True),
+        ([{"id": "q", "uses": "quantize"}], True),
+        ([{"id": "t", "uses": "finetune", "needs": "baseline"}], True),
+        ([{"id": "t", "uses": "finetune"}], False),
+        ([{"id": "q", "uses": "prune", "sparsity": 0.5, "recover": {"max_steps": 2}}], False),
+        ([{"id": "s", "uses": "distill", "teacher": "a", "needs": "baseline"}], True),
+    ],
+)
+def test_the_plan_says_where_nothing_trains_the_factors(review_data, tmp_path, monkeypatch, behind, warned):
+    from flows import preflight
+
+    monkeypatch.setattr(preflight, "_model", lambda *given: None)
+    steps = [{"id": "a", "uses": "adaptive_input", "ratio": "2x", "method": "adaptive"}, *behind]
+    fields = {"name": "a", "task": "text-classification", "model": {"config": tiny_config("bert")}}
+    spec = PipelineSpec.model_validate(fields | {"data": review_data.model_dump(), "steps": steps})
+    found = preflight.inspect(spec, list(build(spec)), "cpu", 1, tmp_path / "log")
+    assert any("a: no step behind it trains the factors" in text for text in found.warnings) == warned
 
 
 def test_audio_and_models_that_foretell_nothing_are_refused():
