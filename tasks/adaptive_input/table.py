@@ -21,7 +21,7 @@ from tasks.adaptive_input import layout as plan
 from tasks.adaptive_input import rounding
 from tasks.adaptive_input.layout import Band, Layout
 from tasks.adaptive_input.rounding import FLOAT
-from tasks.models.transforms import transform
+from tasks.models.transforms import positive, transform
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -151,9 +151,12 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
     "adaptive"`` where the heads have one; the modules of one entry share a table. Its tensors have no memory yet.
 
     Raises:
-        ValueError: a layout is of no table, or of another than the modules have.
+        ValueError: a layout is of no table, or of another than the modules have; a factor is not a number, or the
+            softmax is none that there is.
     """
     import torch
+
+    from tasks.adaptive_input import softmax
 
     for one in entry["tables"]:
         layout = Layout.read(one["layout"])
@@ -168,7 +171,8 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
                 rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
                 empty |= tensors_of(number, band, rows, projection, mean)
             table = stored(layout, torch.zeros(layout.rows), empty)
-        place(model, table, one["embeddings"], one["heads"], one.get("softmax") == "adaptive")
+        factors = {name: positive(factor, f"the factor of {name}") for name, factor in one["embeddings"].items()}
+        place(model, table, factors, one["heads"], softmax.asked(one.get("softmax"), len(layout.bands)))
 
 
 def place(
