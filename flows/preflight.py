@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.places import Problem, named_in, path_of_step
 from flows.plan import missing_packages
+from specs.schema.base import StepSpec
 from specs.schema.graph import Node
 from specs.schema.load import KeyPath
 from specs.schema.pipeline import PipelineSpec, parallel_files
@@ -52,6 +53,9 @@ def inspect(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int
         if missing:
             text = f"{node.id}: {', '.join(missing)} is not installed; install the project again"
             findings.problems.append(Problem(text, path_of_step(spec.steps, node.spec)))
+        text = node.spec.misses(_behind(node, nodes))
+        if text is not None:
+            findings.warnings.append(f"{node.id}: {text}")
     _data(spec, findings)
     _sources(spec, nodes, findings)
     _model(spec, nodes, device, threads, log, findings)
@@ -154,6 +158,16 @@ def _model(spec: PipelineSpec, nodes: Sequence[Node], device: str, threads: int,
                 f"{step.id}: {text} (so it is for the model as it came in; a step before makes another of it)"
                 for text in remark.sized
             ]
+
+
+def _behind(node: Node, nodes: Sequence[Node]) -> list[StepSpec]:
+    """The steps that go on with the model of ``node``."""
+    made, found = {node.id}, []
+    for other in nodes:
+        if made.intersection(other.spec.shaped_by(other.inputs)):
+            made.add(other.id)
+            found.append(other.spec)
+    return found
 
 
 def _reshaped(nodes: Sequence[Node]) -> set[str]:

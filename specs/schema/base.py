@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -141,6 +141,11 @@ class StepSpec(SpecModel):
     def forbids(self, later: StepSpec) -> str | None:
         """Why the structure that the step gives a model rules ``later`` out behind it, with the remedy behind the first
         ``; ``; None where it does not."""
+        return None
+
+    def misses(self, behind: Sequence[StepSpec]) -> str | None:
+        """What the plan warns of where no step of those ``behind`` this one, which go on with its model, does what it
+        relies on, with the remedy; None where nothing is missing."""
         return None
 
     def estimate(self, model: int) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     network.eval()
     parts = [
         {"layout": one.layout.record(), "embeddings": dict(place.embeddings), "heads": dict(place.heads)}
-        | ({"softmax": "adaptive"} if _adaptive(place, one, spec) else {})
+        | ({"softmax": "adaptive"} if _adaptive(place, spec) else {})
         for place, one in zip(found, fitted, strict=True)
     ]
     earlier = read_extras(model.path).transforms
@@ -140,12 +140,13 @@ def _information(network: Any, data: Encoded, rows: int, spec: AdaptiveInputSpec
 
 
 def _allocated(measured: Measured, found: Sequence[Place], budget: int, spec: AdaptiveInputSpec) -> list[Fitted]:
+    several = [at for at, place in enumerate(found) if _adaptive(place, spec)]  # what such a softmax chooses between
     if spec.head == "joint" or len(found) == 1:
-        fitted = measured.allocate(budget)
+        fitted = measured.allocate(budget, several=several)
     else:
         total = sum(place.weight.numel() for place in found)
         shares = [budget * place.weight.numel() // total for place in found]
-        parts = [measured.allocate(share, [at]) for at, share in enumerate(shares)]
+        parts = [measured.allocate(share, [at], several) for at, share in enumerate(shares)]
         fitted = None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
     if fitted is None:
         raise StepError(
@@ -170,16 +171,17 @@ def _placed(
         hard, trained = heal(network, pairs, model, spec.heal, ctx)
         return hard, finetune.summary(trained)
     hard = [stored_table(fitted) for _, fitted in pairs]
-    for (place, fitted), one in zip(pairs, hard, strict=True):
-        adaptive = _adaptive(place, fitted, spec)
+    for (place, _), one in zip(pairs, hard, strict=True):
+        adaptive = _adaptive(place, spec)
         table.place(network, one, place.embeddings, place.heads, adaptive)
         if adaptive:
             softmax.check(network)
     return hard, ""
 
 
-def _adaptive(place: Place, fitted: Fitted, spec: AdaptiveInputSpec) -> bool:
-    return spec.softmax == "adaptive" and bool(place.heads) and len(fitted.layout.bands) > 1
+def _adaptive(place: Place, spec: AdaptiveInputSpec) -> bool:
+    """Whether an adaptive softmax is over the bands of ``place``."""
+    return spec.softmax == "adaptive" and bool(place.heads)
 
 
 def _beside(found: Sequence[Place], spec: AdaptiveInputSpec) -> int:
@@ -194,7 +196,7 @@ def _beside(found: Sequence[Place], spec: AdaptiveInputSpec) -> int:
     if len(heads) != 1 or any(heads.values()):
         why = "has a bias" if any(heads.values()) else "has no tokens to choose among" if not heads else "is several"
         raise StepError(f"the model's output layer {why}, which softmax: adaptive does not go with; leave softmax out")
-    return softmax_bytes(spec.bands, found[0].weight.shape[1])
+    return softmax_bytes(spec.bands, next(place for place in found if place.heads).weight.shape[1])
 
 
 def stored_table(fitted: Fitted) -> Any:

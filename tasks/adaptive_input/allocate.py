@@ -30,7 +30,13 @@ class Front:
     option: np.ndarray
 
 
-def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: int = UNITS) -> list[Chosen] | None:
+def allocate(
+    tables: Sequence[tuple[int, Runs]],
+    most: int,
+    budget: int,
+    units: int = UNITS,
+    fewest: Sequence[int] | None = None,
+) -> list[Chosen] | None:
     """Cut every table into at most ``most`` bands and choose an option for each, so that the costs of all tables add up
     to the least that ``budget`` allows.
 
@@ -44,27 +50,30 @@ def allocate(tables: Sequence[tuple[int, Runs]], most: int, budget: int, units: 
         most: bands of a table.
         budget: bytes that all tables may take.
         units: in which the bytes are counted.
+        fewest: bands that each table has at least; None is one.
 
     Returns:
         The bands of each table; of equal costs those with fewer bytes. None where even the smallest do not fit.
     """
+    given, whole = tables, budget
     unit = max(1, budget // units)
     budget //= unit
     tables = [(count, _in_units(runs, unit)) for count, runs in tables]
-    least = [_least(count, runs, most) for count, runs in tables]
+    fewest = [1] * len(tables) if fewest is None else fewest
+    if any(few > min(most, count) for few, (count, _) in zip(fewest, tables, strict=True)):
+        return None
+    least = [_least(count, runs, most, few) for (count, runs), few in zip(tables, fewest, strict=True)]
+    if sum(least) > budget:  # in bytes it may fit, and few ways do where it only just fits
+        return None if unit == 1 else allocate(given, most, whole, whole, fewest)
     fronts = [
         _cover(count, runs, most, budget - sum(least) + own) for (count, runs), own in zip(tables, least, strict=True)
     ]
-    if not all(fronts):
-        return None
-    ends = [_whole(grid, count) for grid, (count, _) in zip(fronts, tables, strict=True)]
+    ends = [_whole(grid, count, few) for grid, (count, _), few in zip(fronts, tables, fewest, strict=True)]
     sizes, costs = np.zeros(1, np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []
     for end in ends:
         size, cost = (sizes[:, None] + end.sizes).ravel(), (costs[:, None] + end.costs).ravel()
         kept = _undominated(size, cost, budget)
-        if not len(kept):
-            return None
         sizes, costs = size[kept], cost[kept]
         steps.append((kept // len(end.sizes), kept % len(end.sizes)))
     at, places = len(sizes) - 1, []
@@ -92,12 +101,13 @@ def frontier(count: int, runs: Runs, most: int, units: int) -> tuple[np.ndarray,
     return found.sizes * unit, found.costs
 
 
-def _least(count: int, runs: Runs, most: int) -> int:
-    """The fewest bytes that a table can take: one band is not always the smallest way."""
+def _least(count: int, runs: Runs, most: int, fewest: int) -> int:
+    """The fewest bytes that a table can take in ``fewest`` bands or more: one is not always the smallest way."""
     smallest = {run: min(size for size, _ in options) for run, options in runs.items()}
     found, whole = {0: 0}, []
     for number in range(1, min(most, count) + 1):
-        whole.append(min(size + smallest[start, count] for start, size in found.items()))
+        if number >= fewest:
+            whole.append(min(size + smallest[start, count] for start, size in found.items()))
         if number < min(most, count):  # a band is left for the rest
             found = {
                 end: min(size + smallest[start, end] for start, size in found.items() if start < end)
@@ -110,9 +120,9 @@ def _in_units(runs: Runs, unit: int) -> Runs:
     return {run: [(-(-size // unit), cost) for size, cost in options] for run, options in runs.items()}
 
 
-def _whole(grid: Mapping[tuple[int, int], Front], count: int) -> Front:
-    """The front of all segments, in any number of bands."""
-    return _joined({number: front for (number, end), front in grid.items() if end == count})
+def _whole(grid: Mapping[tuple[int, int], Front], count: int, fewest: int = 1) -> Front:
+    """The front of all segments, in ``fewest`` bands or more."""
+    return _joined({number: front for (number, end), front in grid.items() if end == count and number >= fewest})
 
 
 def _cover(count: int, runs: Runs, most: int, budget: int) -> dict[tuple[int, int], Front]:
@@ -140,7 +150,7 @@ def _cover(count: int, runs: Runs, most: int, budget: int) -> dict[tuple[int, in
             kept = _undominated(size, cost, budget)
             if len(kept):
                 grid[number, end] = Front(size[kept], cost[kept], *(part[kept] for part in origin))
-    return grid if any(end == count for _, end in grid) else {}
+    return grid
 
 
 def _joined(fronts: Mapping[int, Front]) -> Front:

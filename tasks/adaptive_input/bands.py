@@ -88,16 +88,19 @@ class Measured:
         sizes, costs = frontier(*self._runs(at), self.most, _COARSE)
         return (sizes + index_bytes(len(self.order))).tolist(), costs.tolist()
 
-    def allocate(self, budget: int, tables: Sequence[int] | None = None) -> list[Fitted] | None:
+    def allocate(
+        self, budget: int, tables: Sequence[int] | None = None, several: Sequence[int] = ()
+    ) -> list[Fitted] | None:
         """The bands of all tables, or of those at ``tables``, that together cost the model least within ``budget``
-        bytes; None where nothing fits."""
+        bytes; None where nothing fits. The tables at ``several`` get at least two bands."""
         at = list(range(len(self.curves))) if tables is None else list(tables)
+        fewest = [2 if one in several else 1 for one in at]
         index = sum(index_bytes(len(self.order)) for _ in at)
         counted = [self.curves[one].energy * self.curves[one].measure.scale for one in at]
         if min(counted) <= 0:  # nothing was seen of one of them: each by its own energy
             counted = [1.0] * len(at)
         runs = [self._runs(one, each / max(counted)) for one, each in zip(at, counted, strict=True)]
-        chosen = allocate(runs, self.most, budget - index)
+        chosen = allocate(runs, self.most, budget - index, fewest=fewest)
         return None if chosen is None else [self._fit(one, bands) for one, bands in zip(at, chosen, strict=True)]
 
     def _runs(self, at: int, counted: float = 1.0) -> tuple[int, dict[tuple[int, int], list[tuple[int, float]]]]:

@@ -21,9 +21,10 @@ SAMPLED = 256
 PLAIN = 0.2
 """What the squared error of the vectors themselves counts in a metric, beside what was seen of the model."""
 
+SMALLEST = 16
+"""Tokens of the first segment of a table, at least."""
+
 _SEGMENTS = 9
-_SMALLEST = 16
-"""Segments of a table, and tokens in the first one, at least."""
 
 _ROUNDS = 2
 """How often rows and projection are fitted to each other as they will be stored."""
@@ -44,7 +45,7 @@ class Option:
     cost: float
 
 
-def segments(weights: np.ndarray, counts: np.ndarray, smallest: int = _SMALLEST, most: int = _SEGMENTS) -> list[int]:
+def segments(weights: np.ndarray, counts: np.ndarray, smallest: int = SMALLEST, most: int = _SEGMENTS) -> list[int]:
     """Where a band may begin and end, in tokens by falling weight: each segment twice the one before it, from the end,
     and a border where the tokens begin that the data never has.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.adaptive_input.rounding import BITS, FLOAT, bytes_of
+from tasks.models.transforms import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,15 +100,8 @@ class Layout:
         Raises:
             ValueError: no table is like that.
         """
-        bands = [
-            Band(
-                int(band["count"]),
-                tuple((int(bits), int(columns)) for bits, columns in band["levels"]),
-                bool(band["projected"]),
-            )
-            for band in record["bands"]
-        ]
-        found = cls(int(record["rows"]), int(record["width"]), tuple(bands))
+        bands = tuple(_band(number, band) for number, band in enumerate(record["bands"]))
+        found = cls(whole(record["rows"], "the number of rows"), whole(record["width"], "the width"), bands)
         found._check()
         return found
 
@@ -116,8 +110,8 @@ class Layout:
             raise ValueError(f"a table has 1 to {MOST_BANDS} bands and not {len(self.bands)}")
         for number, band in enumerate(self.bands):
             each = [bits for bits, _ in band.levels]
-            if band.count < 1 or not each or min(columns for _, columns in band.levels) < 1:
-                raise ValueError(f"band {number} has no tokens, or no columns")
+            if not each:
+                raise ValueError(f"band {number} has no columns")
             if not set(each) <= {FLOAT, *BITS} or each != sorted(set(each), reverse=True):
                 raise ValueError(f"band {number} has the bits {each}")
             alone = len(each) == 1 and (band.projected or band.rank == self.width)
@@ -125,6 +119,17 @@ class Layout:
                 raise ValueError(f"band {number} has {band.rank} columns of {each} bits, the table {self.width}")
         if sum(band.count for band in self.bands) != self.rows:
             raise ValueError(f"the bands have {sum(band.count for band in self.bands)} tokens, the table {self.rows}")
+
+
+def _band(number: int, record: Mapping[str, Any]) -> Band:
+    """The band of a ``record``, as far as it is one."""
+    if not isinstance(record["projected"], bool):
+        raise ValueError(f"projected of band {number} is {record['projected']!r} and neither true nor false")
+    levels = tuple(
+        (whole(bits, f"the bits of band {number}"), whole(columns, f"the number of columns of band {number}"))
+        for bits, columns in record["levels"]
+    )
+    return Band(whole(record["count"], f"the number of tokens of band {number}"), levels, record["projected"])
 
 
 def index_bytes(rows: int) -> int:
@@ -149,9 +154,13 @@ def band_bytes(band: Band, width: int) -> int:
     return mean + rows + projection + 2 * band.rank + 3 * _HEADER
 
 
-def least_bytes(rows: int, width: int, bits: Sequence[int]) -> int:
-    """Bytes of the smallest table of ``rows`` tokens: one band, the least rank, the fewest bits."""
-    return index_bytes(rows) + min(band_bytes(least_band(rows, width, each), width) for each in bits)
+def least_bytes(rows: int, width: int, bits: Sequence[int], bands: int = 1) -> int:
+    """Bytes of the smallest table of ``rows`` tokens in so many bands: the least rank, the fewest bits."""
+    counts = [rows // bands] * (bands - 1)
+    counts.append(rows - sum(counts))
+    return index_bytes(rows) + min(
+        sum(band_bytes(least_band(count, width, each), width) for count in counts) for each in bits
+    )
 
 
 def least_band(count: int, width: int, bits: int) -> Band:

@@ -23,6 +23,17 @@ def head(table: Any) -> Any:
     return _classes()(table)
 
 
+def asked(value: object, count: int) -> bool:
+    """Whether ``softmax`` of an entry in ``lathe.json`` asks for one over ``count`` bands.
+
+    Raises:
+        ValueError: it asks for another, or there is one band.
+    """
+    if value not in (None, "adaptive") or (value and count == 1):
+        raise ValueError(f"a table of {count} bands has the softmax {value!r}")
+    return value == "adaptive"
+
+
 def check(network: Any) -> None:
     """Prove that nothing stands behind the output layer, so that what comes into it is all that a loss needs.
 

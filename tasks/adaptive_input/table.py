@@ -21,7 +21,8 @@ from tasks.adaptive_input import layout as plan
 from tasks.adaptive_input import rounding
 from tasks.adaptive_input.layout import Band, Layout
 from tasks.adaptive_input.rounding import FLOAT
-from tasks.models.transforms import transform
+from tasks.compress.packed import put
+from tasks.models.transforms import positive, transform
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,7 +123,7 @@ def _signed(codes: Tensor) -> Tensor:
 
 
 def embedding(table: nn.Module, factor: float, padding_idx: int | None) -> nn.Module:
-    """What stands for an embedding: ids [...] to float32 [..., width] times ``factor``."""
+    """What stands for an embedding: ids [...] to [..., width] times ``factor``, in the type the model computes in."""
     return classes().Embedding(table, factor, padding_idx)
 
 
@@ -137,12 +138,6 @@ def tables(model: nn.Module) -> list[Any]:
     return list({id(found): found for found in model.modules() if isinstance(found, kinds.Table)}.values())
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule ``name``."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
 @transform(NAME, trains=True)
 def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Replace embeddings and output layers by ones whose tensors are to be loaded.
@@ -151,9 +146,12 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
     "adaptive"`` where the heads have one; the modules of one entry share a table. Its tensors have no memory yet.
 
     Raises:
-        ValueError: a layout is of no table, or of another than the modules have.
+        ValueError: a layout is of no table, or of another than the modules have; a factor is not a number, or the
+            softmax is none that there is.
     """
     import torch
+
+    from tasks.adaptive_input import softmax
 
     for one in entry["tables"]:
         layout = Layout.read(one["layout"])
@@ -168,7 +166,8 @@ def empty_tables(model: nn.Module, entry: Mapping[str, Any]) -> None:
                 rows, mean = torch.zeros(band.count, band.rank), torch.zeros(layout.width)
                 empty |= tensors_of(number, band, rows, projection, mean)
             table = stored(layout, torch.zeros(layout.rows), empty)
-        place(model, table, one["embeddings"], one["heads"], one.get("softmax") == "adaptive")
+        factors = {name: positive(factor, f"the factor of {name}") for name, factor in one["embeddings"].items()}
+        place(model, table, factors, one["heads"], softmax.asked(one.get("softmax"), len(layout.bands)))
 
 
 def place(
@@ -217,12 +216,19 @@ def classes() -> Any:
                     self.register_parameter(name, nn.Parameter(tensor))
                 else:
                     self.register_buffer(name, tensor)
+            self.computes = torch.float32
             self._kept: dict[str, Any] = {}
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            # The types are part of the format: ``model.float()`` must not make the file grow.
+            # The types are part of the format: ``model.float()`` must not make the file grow. What comes out follows.
             self._kept = {}
-            return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+            self.computes = fn(torch.empty(0, dtype=self.computes, device=self.index.device)).dtype
+
+            def moved(tensor: Tensor) -> Tensor:
+                found = fn(tensor)
+                return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+            return super()._apply(moved, recurse)
 
         @property
         def learns(self) -> bool:
@@ -260,15 +266,16 @@ def classes() -> Any:
             return self._once(name, lambda: getattr(self, f"{name}_half").float())
 
         def expanded(self) -> Tensor:
-            """All rows in the order of the ids, float32 [rows, width]."""
+            """All rows in the order of the ids, [rows, width], in the type that the model computes in."""
             parts = [self._vectors(self.rows(number), number) for number in range(len(self.layout.bands))]
-            return torch.cat(parts)[self.positions.long()]
+            return torch.cat(parts)[self.positions.long()].to(self.computes)
 
         def lookup(self, ids: Tensor) -> Tensor:
             """The vectors of ``ids`` [...], [..., width]."""
-            if torch.compiler.is_exporting() or self.learns:
-                return self._from_factors(ids)
-            return functional.embedding(ids, self._once("expanded", self.expanded))
+            if not torch.compiler.is_exporting() and not self.learns:
+                return functional.embedding(ids, self._once("expanded", self.expanded))
+            found = self._from_factors(ids)
+            return found if found.dtype == self.computes else found.to(self.computes)
 
         def _from_factors(self, ids: Tensor) -> Tensor:
             """A lookup in every band, clamped to its rows, of which the one of the token's own band counts."""
@@ -358,6 +365,8 @@ def classes() -> Any:
             return f"{self.layout.rows}, {self.layout.width}: {bands}"
 
     class Embedding(nn.Module):
+        weight = property(lambda self: self.table.expanded())
+
         def __init__(self, table: Any, factor: float, padding_idx: int | None) -> None:
             super().__init__()
             self.table = table
@@ -373,11 +382,9 @@ def classes() -> Any:
                 vectors = torch.where(padded, vectors.detach(), vectors)
             return vectors if self.factor == 1 else vectors * self.factor
 
-        @property
-        def weight(self) -> Tensor:
-            return self.table.expanded()
-
     class Head(nn.Module):
+        weight = property(lambda self: self.table.expanded())
+
         def __init__(self, table: Any, bias: Any) -> None:
             super().__init__()
             self.table = table
@@ -387,9 +394,5 @@ def classes() -> Any:
         def forward(self, x: Tensor) -> Tensor:
             scores = self.table.scores(x)
             return scores if self.bias is None else scores + self.bias
-
-        @property
-        def weight(self) -> Tensor:
-            return self.table.expanded()
 
     return SimpleNamespace(Table=Table, Embedding=Embedding, Head=Head)

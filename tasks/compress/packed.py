@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.transforms import transform
+from tasks.models.transforms import positive, shape, transform
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,12 +85,13 @@ def empty_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
 
     with torch.device("meta"):  # the file has the tensors; what an entry says must not take memory
         for name, what in entry["embeddings"].items():
-            rows, columns = what["shape"]
+            rows, columns = shape(what, name)
+            factor = positive(what.get("factor", 1.0), f"the factor of {name}")
             padding = getattr(model.get_submodule(name), "padding_idx", None)
             weight, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
-            put(model, name, packed_embedding(weight, scale, padding, what.get("factor", 1.0)))
+            put(model, name, packed_embedding(weight, scale, padding, factor))
         for name, what in entry["layers"].items():
-            rows, columns = what["shape"]
+            rows, columns = shape(what, name)
             bias = torch.zeros(rows) if what["bias"] else None
             factors = torch.ones(columns) if what.get("input_scale") else None
             limits = torch.ones(2) if what.get("static") else None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.compress.grid import Rounded, expand, pack_pairs, unpack_pairs
 from tasks.compress.packed import put
-from tasks.models.transforms import transform
+from tasks.models.transforms import positive, shape, transform, whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,13 +69,14 @@ def empty_layers(model: nn.Module, entry: Mapping[str, Any]) -> None:
     with torch.device("meta"):  # the file has the tensors; what an entry says must not take memory
         for name, what in entry["embeddings"].items():
             padding = getattr(model.get_submodule(name), "padding_idx", None)
-            columns = what["shape"][1]
-            put(model, name, stored_embedding(_empty(what), columns, what["group"], padding, what["factor"]))
+            tensors, columns, group = _empty(what, name)
+            factor = positive(what["factor"], f"the factor of {name}")
+            put(model, name, stored_embedding(tensors, columns, group, padding, factor))
         for name, what in entry["layers"].items():
-            rows, columns = what["shape"]
-            bias = torch.zeros(rows) if what["bias"] else None
+            tensors, columns, group = _empty(what, name)
+            bias = torch.zeros(what["shape"][0]) if what["bias"] else None
             inputs = torch.ones(columns) if what["input_scale"] else None
-            put(model, name, stored_linear(_empty(what), columns, what["group"], bias, inputs))
+            put(model, name, stored_linear(tensors, columns, group, bias, inputs))
 
 
 def described(rounded: Rounded | Tensor) -> dict[str, Any]:
@@ -86,18 +87,23 @@ def described(rounded: Rounded | Tensor) -> dict[str, Any]:
     return {"shape": list(rounded.codes.shape), "bits": rounded.bits, "group": rounded.group, "scale": scale}
 
 
-def _empty(what: Mapping[str, Any]) -> dict[str, Tensor]:
+def _empty(what: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], int, int]:
+    """The tensors of the module ``name`` that are to be loaded, its columns, and how many of them share a scale."""
     import torch
 
-    rows, columns = what["shape"]
+    rows, columns = shape(what, name)
+    group = whole(what["group"], f"the group of {name}", most=columns)
+    if what["bits"] not in (4, 8, 16) or what["scale"] not in ("float16", "float32"):
+        raise ValueError(f"{name} has {what['bits']!r} bits and scales in {what['scale']!r}")
     if what["bits"] == 16:
-        return {"weight_fp16": torch.zeros(rows, columns, dtype=torch.float16)}
+        return {"weight_fp16": torch.zeros(rows, columns, dtype=torch.float16)}, columns, group
     width, dtype = ((columns + 1) // 2, torch.uint8) if what["bits"] == 4 else (columns, torch.int8)
-    groups = -(-columns // what["group"])
-    return {
+    groups = -(-columns // group)
+    tensors = {
         f"weight_int{what['bits']}": torch.zeros(rows, width, dtype=dtype),
         "weight_scale": torch.ones(rows, groups, dtype=getattr(torch, what["scale"])),
     }
+    return tensors, columns, group
 
 
 def _hold(module: Any, tensors: Mapping[str, Tensor], columns: int, group: int) -> None:

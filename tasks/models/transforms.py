@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,39 @@ def replay(model: nn.Module, extras: Extras) -> None:
             raise StepError(
                 f"what {FILE} says of {name!r} does not fit the model: {error}; make the artifact again"
             ) from error
+
+
+def positive(value: object, what: str) -> float:
+    """``value`` of an entry, a number above 0.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+        raise ValueError(f"{what} is {value!r} and not a number above 0")
+    return float(value)
+
+
+def whole(value: object, what: str, least: int = 1, most: int | None = None) -> int:
+    """``value`` of an entry, a whole number from ``least`` to ``most``.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        span = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{what} is {value!r} and not a whole number {span}")
+    return value
+
+
+def shape(entry: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Rows and columns of the weight of the module ``name``.
+
+    Raises:
+        ValueError: no matrix is like that.
+    """
+    rows, columns = entry["shape"]
+    return whole(rows, f"the number of rows of {name}"), whole(columns, f"the number of columns of {name}")
 
 
 def trainable(extras: Extras) -> bool:

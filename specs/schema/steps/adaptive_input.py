@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -119,6 +119,14 @@ class AdaptiveInputSpec(StepSpec):
             )
         return None
 
+    def misses(self, behind: Sequence[StepSpec]) -> str | None:
+        if self.method != "adaptive" or any(_trains(step) for step in behind):
+            return None
+        return (
+            "no step behind it trains the factors of method: adaptive, which say only roughly what the table said; put "
+            "a finetune behind it, or leave method out for a model that is trained"
+        )
+
     def estimate(self, model: int) -> tuple[int, int]:
         # Beside the artifact checkpoints of the healing; in memory the curves' copies of the table.
         trained = 4 * model if self.heal is not None else 0
@@ -143,3 +151,8 @@ class AdaptiveInputSpec(StepSpec):
                 name = "head" if self.head == "leave" else "bands"
                 raise FieldError(name, f"softmax: adaptive is about bands of the output layer; leave {name} out")
         return self
+
+
+def _trains(step: StepSpec) -> bool:
+    """Whether a step trains the model that it takes, as its purpose or by the way."""
+    return isinstance(step, TrainingSpec) or any(isinstance(value, TrainingSpec) for _, value in step)
