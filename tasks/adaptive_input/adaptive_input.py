@@ -248,8 +248,6 @@ def _result(
     )
     if healed:
         summary += f"; healed: {healed}"
-    if spec.softmax == "adaptive" and max(len(one.layout.bands) for one in fitted) == 1:
-        warnings.append("one band loses least, over which an adaptive softmax is a full one; write another ratio")
     exported = [
         Exported(one.layout, bool(place.embeddings), bool(place.heads))
         for place, one in zip(found, fitted, strict=True)
