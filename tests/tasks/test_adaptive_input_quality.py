@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,16 @@ from safetensors.torch import load_file, save_file
 from specs.schema.steps.quantize import QuantizeSpec
 from tasks.adaptive_input import quality
 from tasks.adaptive_input.adaptive_input import adaptive_input
+from tasks.adaptive_input.bands import Measured
+from tasks.adaptive_input.curves import metric
+from tasks.adaptive_input.in_exports import FORMS, Exported, grown
+from tasks.adaptive_input.information import unigram
+from tasks.adaptive_input.layout import Band, Layout
 from tasks.adaptive_input.quality import errors
 from tasks.adaptive_input.table import tables
 from tasks.compress.quantize import quantize
 from tasks.evaluate.format import size
+from tasks.export.onnx_quantize import LEAST
 from tests.support import as_artifact, context, tiny_model
 from tests.tasks.banded import load, run, spec_of
 
@@ -79,18 +86,21 @@ def test_one_long_vector_does_not_hide_what_the_others_of_its_band_lost(gpt2, te
     assert said.endswith("; a smaller ratio or heal keeps more")
 
 
-@pytest.mark.parametrize(
-    ("fields", "advice"),
-    [
-        ({"method": "adaptive", "bits": None, "ratio": "3.4x"}, "a smaller ratio keeps more, and a finetune behind"),
-        ({"budget": "2 KiB", "bits": (1,), "heal": {"max_steps": 1, "batch_size": 2}}, "; a larger budget keeps more"),
-    ],
-)
-def test_the_advice_is_one_that_can_be_followed(request, tmp_path, fields, advice):
-    _, result = run(request, tmp_path, "gpt2", **fields)
-    said = [text for text in result.warnings if "vectors apart" in text]
-    assert said
-    assert all(advice in text and "heal" not in text for text in said)
+@pytest.fixture(scope="module")
+def unbitten(request, tmp_path_factory):
+    """A table whose factors stay in float32: the context and the result."""
+    return run(request, tmp_path_factory.mktemp("a"), "gpt2", ratio="3.4x", method="adaptive", bits=None)
+
+
+def test_the_advice_is_one_that_can_be_followed(request, tmp_path, monkeypatch, unbitten):
+    monkeypatch.setattr("tasks.adaptive_input.adaptive_input.lookup_ratio", lambda *given: 1.31)
+    _, healed = run(request, tmp_path, "gpt2", budget="2 KiB", bits=(1,), heal={"max_steps": 1, "batch_size": 2})
+    advised = {"a smaller ratio keeps more, and a finetune behind": unbitten[1], "; a larger budget keeps more": healed}
+    for advice, result in advised.items():
+        said = [text for text in result.warnings if "vectors apart" in text]
+        assert said
+        assert all(advice in text and "heal" not in text for text in said)
+    assert any("a lookup takes 1.31 times as long" in text for text in healed.warnings)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +108,12 @@ def untied(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("untied"), "llama", "text-generation", tie_word_embeddings=False)
 
 
-def test_every_table_is_drawn_with_its_own_bytes(untied, text_data, tmp_path):
+def test_every_table_is_drawn_with_its_own_bytes(untied, text_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.adaptive_input.adaptive_input.lookup_ratio", lambda *given: 1.2)
     ctx = context(tmp_path, "text-generation", text_data.model_copy(update={"train_limit": 24}))
-    about = adaptive_input(as_artifact(untied), spec=spec_of(ratio="6x"), ctx=ctx).properties["adaptive_input"]
+    result = adaptive_input(as_artifact(untied), spec=spec_of(ratio="6x"), ctx=ctx)
+    about = result.properties["adaptive_input"]
+    assert not [text for text in result.warnings if "a lookup takes" in text]
     drawn = (ctx.out / "adaptive_input.svg").read_text()
     assert len(about["tables"]) == 2
     for one in about["tables"]:
@@ -132,40 +145,31 @@ def test_the_sizes_under_the_plot_can_be_read(sizes, costs):
     assert all(one.x1 + 3 < other.x0 for one, other in itertools.pairwise(labels))
 
 
-def test_an_export_that_grows_and_a_slow_lookup_are_warned_of(text_data, tmp_path, monkeypatch):
-    model = tiny_model(tmp_path, "llama", "text-generation", hidden_size=64, intermediate_size=64)
-    data = text_data.model_copy(update={"train_limit": 24})
-
-    def warned(name, slower, **fields):
-        monkeypatch.setattr("tasks.adaptive_input.adaptive_input.lookup_ratio", lambda *given: slower)
-        ctx = context(tmp_path / name, "text-generation", data)
-        return adaptive_input(as_artifact(model), spec=spec_of(bands=2, **fields), ctx=ctx).warnings
-
-    said = warned("a", 1.31, ratio="3.9x", bits=(16, 8, 6, 4))
-    (grown,) = [text for text in said if "an export holds more" in text]
-    assert all(name in grown for name in ("ONNX int8-dynamic", "LiteRT float32"))
-    assert any("1.31 times as long" in text for text in said)
-    advised = re.search(r"write bits: \[8\] and ratio: ([0-9.]+)x or more", grown)
+def test_an_export_that_grows_is_warned_of_with_a_remedy_that_works():
+    assert FORMS[3].least == LEAST
+    bands = tuple(Band(count, ((bits, 64),), projected=False) for count, bits in ((16, 8), (335, 8), (161, 6)))
+    whole = Exported(Layout(512, 64, bands), looked_up=True, scored=True)
+    # Rows of 64 numbers with a scale each, two copies of three means, and where each row is, twice.
+    assert whole.held(FORMS[3]) == 512 * (64 + 4) + 6 * 4 * 64 + 12 * 512
+    (said,) = grown([whole], spec_of(ratio="3.9x", bits=None), 3.9)
+    assert all(form.name in said for form in FORMS)
+    advised = re.search(r"write bits: \[8\] and ratio: ([0-9.]+)x or more", said)
     assert advised
-    said = warned("b", 1.2, ratio=float(advised[1]), bits=(8,))
-    assert not [text for text in said if "an export holds" in text or "as long" in text]
+    table = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    measured = Measured([table], [metric(64, None)], unigram(np.arange(512)[::-1]), (8,), 3)
+    (fitted,) = measured.allocate(int(4 * 512 * 64 / float(advised[1]))) or ()
+    followed = Exported(fitted.layout, looked_up=True, scored=True)
+    assert grown([followed], spec_of(ratio=float(advised[1]), bits=(8,)), float(advised[1])) == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"ratio": 2.5, "method": "adaptive", "bits": None}, "factors stay in float32 (method: adaptive)"),
-        ({"ratio": "5x"}, "bands of bits of their own"),
-    ],
-)
-def test_quantize_names_the_table_that_it_leaves(request, tmp_path, fields, reason):
-    ctx, _ = run(request, tmp_path / "a", "gpt2", **fields)
+def test_quantize_names_the_table_that_it_leaves(unbitten, tmp_path):
+    ctx, _ = unbitten
     for precision in ("int8-dynamic", "fp16"):
         after = dataclasses.replace(context(tmp_path / precision, "text-generation", ctx.data), store=ctx.store)
         spec = QuantizeSpec.model_validate({"uses": "quantize", "id": "q", "precision": precision})
         result = quantize(as_artifact(ctx.out), spec=spec, ctx=after)
         assert result.left.keys() >= {"transformer.wte", "lm_head"}
-        assert reason in result.left["transformer.wte"]
+        assert "factors stay in float32 (method: adaptive)" in result.left["transformer.wte"]
         assert "transformer.wte: its tokens are in bands" in result.summary
         assert not [name for name in result.touched if ".table." in name]
         kept, made = load_file(ctx.out / "model.safetensors"), load_file(after.out / "model.safetensors")
