@@ -371,6 +371,7 @@ def main() -> None:
             ours |= {"bands, healed": training, "bands, healed with the model": {**training, "trains": "model"}}
         for name, heal in ours.items():
             ctx = place(f"{ratio:g}x {name}".replace(" ", "-"))
+            shutil.rmtree(ctx.checkpoints, ignore_errors=True)  # else it would go on from an earlier run
             spec = AdaptiveInputSpec.model_validate({"uses": "adaptive_input", "id": "a", "ratio": ratio, "heal": heal})
             result = adaptive_input(as_artifact(trained), spec=spec, ctx=ctx)
             row(name, result.properties["adaptive_input"]["bytes"], judge(load(ctx.out), windows, task))
