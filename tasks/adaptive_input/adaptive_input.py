@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tasks.adaptive_input.information import Information
     from tasks.data.encoded import Encoded
+    from tasks.finetune.loop import Trained
 
 _SALT = 0x74757266
 """Of the streams that draw outputs and examples."""
@@ -86,7 +87,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     fitted = _allocated(measured, found, budget - beside, spec)
     judged = data.take(slice(0, _JUDGED)) if ctx.task == "text-generation" else None
     before = None if judged is None else info.surprise(network, judged, len(told.counts))
-    hard, healed = _placed(network, list(zip(found, fitted, strict=True)), model, spec, ctx)
+    hard, trained = _placed(network, list(zip(found, fitted, strict=True)), model, spec, ctx)
     network.eval()
     parts = [
         {"layout": one.layout.record(), "embeddings": dict(place.embeddings), "heads": dict(place.heads)}
@@ -108,7 +109,7 @@ def adaptive_input(model: Artifact, *, spec: AdaptiveInputSpec, ctx: StepContext
     drawn = [Drawn(place.name, at, fitted[at], quality[at]) for at, place in enumerate(found)]
     for name, content in plots(measured, drawn, told).items():
         (ctx.out / name).write_bytes(content)
-    return _result(spec, found, fitted, quality, left, _Sizes(dense, stored, budget, slower), healed)
+    return _result(spec, found, fitted, quality, left, _Sizes(dense, stored, budget, slower), trained)
 
 
 @dataclass(frozen=True)
@@ -162,21 +163,19 @@ def _placed(
     model: Artifact,
     spec: AdaptiveInputSpec,
     ctx: StepContext,
-) -> tuple[list[nn.Module], str]:
-    """Put the tables into the model; as they are stored, and what there is to say of the healing."""
+) -> tuple[list[nn.Module], Trained | None]:
+    """Put the tables into the model; as they are stored, and what the healing did."""
     if spec.heal is not None:
         from tasks.adaptive_input.heal import heal
-        from tasks.finetune import finetune
 
-        hard, trained = heal(network, pairs, model, spec.heal, ctx)
-        return hard, finetune.summary(trained)
+        return heal(network, pairs, model, spec.heal, ctx)
     hard = [stored_table(fitted) for _, fitted in pairs]
     for (place, _), one in zip(pairs, hard, strict=True):
         adaptive = _adaptive(place, spec)
         table.place(network, one, place.embeddings, place.heads, adaptive)
         if adaptive:
             softmax.check(network)
-    return hard, ""
+    return hard, None
 
 
 def _adaptive(place: Place, spec: AdaptiveInputSpec) -> bool:
@@ -233,7 +232,7 @@ def _result(
     quality: Sequence[Sequence[BandQuality]],
     left: dict[str, str],
     sizes: _Sizes,
-    healed: str,
+    healed: Trained | None,
 ) -> StepResult:
     tables = []
     warnings: list[str] = []
@@ -246,8 +245,11 @@ def _result(
         f"embedding {size(sizes.dense)} -> {size(sizes.stored)} ({sizes.dense / sizes.stored:.1f} times smaller), "
         f"lookup {sizes.slower:.2f} times as long; {bands}"
     )
-    if healed:
-        summary += f"; healed: {healed}"
+    if healed is not None:
+        from tasks.finetune import finetune
+
+        summary += f"; healed: {finetune.summary(healed)}"
+        warnings += finetune.warnings(healed)
     exported = [
         Exported(one.layout, bool(place.embeddings), bool(place.heads))
         for place, one in zip(found, fitted, strict=True)

@@ -65,7 +65,7 @@ class Healing:
     noise: float
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.noise:
+        if self.noise and len(self.tokens):
             batch = noise.disturbed(batch, self.names, self.tokens, self.noise)
         total, weight = self.teaching(model, batch)
         if not self.vectors:

@@ -10,6 +10,7 @@ from specs.schema.steps.adaptive_input import AdaptiveInputSpec
 from tasks.adaptive_input.layout import Layout, least_bytes
 from tasks.adaptive_input.rounding import FLOAT
 from tasks.evaluate.format import size
+from tasks.export.onnx_quantize import LEAST
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ FORMS = (
     Form("LiteRT float32", 4, 0, (4, 4)),
     Form("LiteRT int8-dynamic", 1, 0, (4, 4)),
     Form("ONNX float32", 4, 0, (8, 12)),
-    Form("ONNX int8-dynamic", 1, 1024, (8, 12)),
+    Form("ONNX int8-dynamic", 1, LEAST, (8, 12)),
 )
 """ONNX selects scores by indices of 64 bits beside those of 32 by which an embedding looks up; its int8 leaves small
-matrices float (``tasks.export.onnx_quantize.LEAST``)."""
+matrices float."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Exported:
     def needed(self, form: Form) -> float:
         """How many times fewer numbers than the dense table's the rows may be that an export does not grow: what no
         lower rank takes away stays, and projections of full rank may come."""
-        numbers = form.number * self.layout.rows * self.layout.width
+        width = self.layout.width
+        numbers = form.number * self.layout.rows * width
         kept = form.number * sum(band.count * band.rank for band in self.layout.bands)
-        projections = (self.looked_up + self.scored) * form.matrix(*[self.layout.width] * 3)
+        projections = (self.looked_up + self.scored) * form.matrix(width, width, width)
         return numbers / max(self.dense(form) - (self.held(form) - kept) - projections, 1)
 
 

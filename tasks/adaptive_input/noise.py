@@ -29,7 +29,7 @@ def ordinary(folder: Path, rows: int) -> Tensor:
         added = core.get_added_tokens_decoder()
         known |= {number for number in core.get_vocab().values() if number not in added or not added[number].special}
     named = {opened.bos, opened.eos, opened.pad, opened.unknown}
-    return torch.tensor(sorted(number for number in known - named if number < rows))
+    return torch.tensor(sorted(number for number in known - named if number < rows), dtype=torch.int64)
 
 
 def disturbed(batch: Mapping[str, Tensor], names: Sequence[str], tokens: Tensor, share: float) -> dict[str, Tensor]:

@@ -44,6 +44,13 @@ def test_healing_takes_back_most_of_what_was_lost(trained, text_data, tmp_path):
     assert losses["healed"] - losses["dense"] < 0.5 * (losses["hurt"] - losses["dense"])
 
 
+def test_a_healing_that_does_not_help_is_told(trained, text_data, tmp_path):
+    ctx = context(tmp_path, "text-generation", text_data)
+    heal = {"max_steps": 2, "batch_size": 4, "learning_rate": 9.0, "validation": 0.2}
+    result = adaptive_input(as_artifact(trained), spec=spec_of(ratio="5x", heal=heal), ctx=ctx)
+    assert any("no validation was better" in warning for warning in result.warnings)
+
+
 def test_special_tokens_are_neither_drawn_nor_replaced(bert):
     tokens, opened = ordinary(bert, 300), open_tokenizer(bert)
     named = [opened.core.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")]

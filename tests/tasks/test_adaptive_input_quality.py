@@ -24,7 +24,6 @@ from tasks.adaptive_input.quality import errors
 from tasks.adaptive_input.table import tables
 from tasks.compress.quantize import quantize
 from tasks.evaluate.format import size
-from tasks.export.onnx_quantize import LEAST
 from tests.support import as_artifact, context, tiny_model
 from tests.tasks.banded import load, run, spec_of
 
@@ -146,7 +145,6 @@ def test_the_sizes_under_the_plot_can_be_read(sizes, costs):
 
 
 def test_an_export_that_grows_is_warned_of_with_a_remedy_that_works():
-    assert FORMS[3].least == LEAST
     bands = tuple(Band(count, ((bits, 64),), projected=False) for count, bits in ((16, 8), (335, 8), (161, 6)))
     whole = Exported(Layout(512, 64, bands), looked_up=True, scored=True)
     # Rows of 64 numbers with a scale each, two copies of three means, and where each row is, twice.
